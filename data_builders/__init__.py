@@ -1,0 +1,1 @@
+"""Public ECG data sets as `datasets` builders with one shared row."""

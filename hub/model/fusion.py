@@ -1,0 +1,72 @@
+"""Hierarchical fusion: elements of each path to a few states, states of all paths to one embedding of the record.
+
+The only part of the network that LoRA adapters change, so everything before it is computed once for all tasks.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .configuration_ecgmoe import EcgMoeConfig
+from .temporal import Attention
+
+# The linear layers that a task's LoRA adapts, by the last part of their names.
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "up_proj", "down_proj", "pooled_proj")
+
+
+class QueryPooling(nn.Module):
+    """Learned queries that gather what they look for from the elements of one path.
+
+    `forward` returns (b, queries, d) and each element's attention (b, n), the mean over queries and heads.
+    """
+
+    def __init__(self, config: EcgMoeConfig) -> None:
+        super().__init__()
+        self.queries = nn.Parameter(torch.empty(config.num_queries, config.hidden_size))
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.attention = Attention(config.hidden_size, config.num_attention_heads)
+
+    def forward(self, memory: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        queries = self.queries.expand(memory.shape[0], -1, -1)
+        pooled, weights = self.attention(queries, self.norm(memory), mask)
+        return queries + pooled, weights.mean(dim=(1, 2))
+
+
+class Fusion(nn.Module):
+    """Level 1 pools tokens, beats and rhythm with learned queries; level 2 lets the pooled states speak to each other;
+    level 3 writes the record's embedding."""
+
+    def __init__(self, config: EcgMoeConfig) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.pooling = nn.ModuleDict({name: QueryPooling(config) for name in ("tokens", *config.paths)})
+        self.pooled_proj = nn.Linear(2 * size, size)
+        self.norm1, self.norm2 = nn.LayerNorm(size), nn.LayerNorm(size)
+        self.attention = Attention(size, config.num_attention_heads)
+        self.up_proj, self.down_proj = nn.Linear(size, config.fusion_size), nn.Linear(config.fusion_size, size)
+        num_states = config.num_queries * (1 + len(config.paths)) + 1
+        self.out_proj = nn.Linear(num_states * size, config.record_size)
+        self.norm = nn.LayerNorm(config.record_size)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, memories: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Args: memories, name of a path to its states (b, n, d) and their mask (b, n). Returns the record's embedding
+        (b, record_size) and the attention on each path's elements."""
+        states, weights = [], {}
+        for name, pooling in self.pooling.items():
+            pooled, weights[name] = pooling(*memories[name])
+            states.append(pooled)
+        tokens, mask = memories["tokens"]
+        states.append(self.pooled_proj(_mean_and_max(tokens, mask))[:, None])
+        hidden = torch.cat(states, dim=1)
+        normed = self.norm1(hidden)
+        hidden = hidden + self.dropout(self.attention(normed, normed, None)[0])
+        hidden = hidden + self.dropout(self.down_proj(functional.gelu(self.up_proj(self.norm2(hidden)))))
+        return self.norm(self.out_proj(hidden.flatten(1))), weights
+
+
+def _mean_and_max(tokens: Tensor, mask: Tensor) -> Tensor:
+    """(b, s, d) to (b, 2 d) over the real tokens."""
+    count = mask.sum(dim=1, keepdim=True).clamp(min=1)
+    mean = (tokens * mask[..., None]).sum(dim=1) / count
+    return torch.cat([mean, tokens.masked_fill(~mask[..., None], -1e4).amax(dim=1)], dim=-1)

@@ -1,0 +1,456 @@
+"""ECG-MoE: temporal features, a dual-path mixture of experts that knows the heart's period, a hierarchical fusion.
+
+    signal (b, 12, t)
+      -> TemporalFeatures            tokens (b, s, d), one every `token_stride` samples
+      -> MorphologyPath, RhythmPath  beats (b, 1 + n, d) and rhythm elements (b, m, d), through routed experts
+      -> Fusion                      pooler_output (b, record_size); LoRA lives here alone
+      -> heads["head_<task>"]        one linear layer for each task
+
+Axes: b record, l lead, t sample, s token, n beat, m rhythm element, d channel, e expert, k chosen expert.
+After Xu et al. 2026, arXiv 2603.04589, whose inner design is not public: the parts are theirs, their form is ours.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from .configuration_ecgmoe import EcgMoeConfig
+from .fusion import Fusion, QueryPooling
+from .routing import (
+    Experts,
+    MorphologyPath,
+    RhythmPath,
+    Router,
+    Routing,
+    load_balancing_loss,
+    router_z_loss,
+    rr_features,
+)
+from .tasks import Task
+from .temporal import CardiacClock, StateSpace, TemporalFeatures
+
+
+@dataclass
+class EcgMoeEncoderOutput(ModelOutput):
+    """What the backbone knows of a batch, the same for every task.
+
+    Args:
+        last_hidden_state: tokens (b, s, d), and `token_mask` (b, s).
+        beat_hidden_state: (b, 1 + n, d), the mean beat first, and `beat_mask` (b, 1 + n).
+        rhythm_hidden_state: (b, m, d), coarse stretches and then RR intervals, and `rhythm_mask` (b, m).
+        family_weights: (b, s, families), what the gate gives each temporal family.
+        morphology_router_probs, rhythm_router_probs: one tensor (b, n, e) for each layer of the path.
+        period_s: (b,), the heart period the model was told, 0 where unknown.
+        aux_loss: the weighted router losses, a scalar; only in training.
+    """
+
+    last_hidden_state: Tensor | None = None
+    token_mask: Tensor | None = None
+    beat_hidden_state: Tensor | None = None
+    beat_mask: Tensor | None = None
+    rhythm_hidden_state: Tensor | None = None
+    rhythm_mask: Tensor | None = None
+    family_weights: Tensor | None = None
+    morphology_router_probs: tuple[Tensor, ...] | None = None
+    rhythm_router_probs: tuple[Tensor, ...] | None = None
+    period_s: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+    def memories(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The states that the fusion reads, with their masks."""
+        pairs = {
+            "tokens": (self.last_hidden_state, self.token_mask),
+            "morphology": (self.beat_hidden_state, self.beat_mask),
+            "rhythm": (self.rhythm_hidden_state, self.rhythm_mask),
+        }
+        return {name: (state, mask) for name, (state, mask) in pairs.items() if state is not None and mask is not None}
+
+
+@dataclass
+class EcgMoeModelOutput(ModelOutput):
+    """The embedding of each record.
+
+    Args:
+        pooler_output: (b, record_size).
+        last_hidden_state: tokens (b, s, d).
+        attentions: where asked for, the fusion's attention on the elements of tokens, morphology and rhythm.
+        encoder: the backbone's output.
+    """
+
+    pooler_output: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+    attentions: dict[str, Tensor] | None = None
+    encoder: EcgMoeEncoderOutput | None = None
+
+
+@dataclass
+class EcgMoeTaskOutput(ModelOutput):
+    """The answers of the heads.
+
+    Args:
+        loss: the weighted sum of the tasks' losses and of the router losses, where labels were given.
+        logits: task to (b, outputs); a regression is standardised, see `Task`.
+        losses: task to its own loss.
+        pooler_output, attentions, encoder: see `EcgMoeModelOutput`.
+    """
+
+    loss: Tensor | None = None
+    logits: dict[str, Tensor] | None = None
+    losses: dict[str, Tensor] | None = None
+    pooler_output: Tensor | None = None
+    attentions: dict[str, Tensor] | None = None
+    encoder: EcgMoeEncoderOutput | None = None
+
+
+class EcgMoePreTrainedModel(PreTrainedModel):
+    """Loading, saving and the initial weights of every ECG-MoE class."""
+
+    config_class = EcgMoeConfig
+    base_model_prefix = "ecgmoe"
+    main_input_name = "input_values"
+    supports_gradient_checkpointing = False
+    is_gradient_checkpointing = False  # PEFT asks by this name, and transformers warns whoever does
+    # transformers looks for the experts in this file's source; they live in routing.py.
+    _can_set_experts_implementation_cached_value = True
+    _no_split_modules = ["TemporalFeatures", "MorphologyPath", "RhythmPath", "Fusion"]
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """Dense evaluation unless asked otherwise: it is the fastest for experts this small."""
+        return super().get_correct_experts_implementation(requested_experts or "eager")
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save weights, configuration and the code that loads them without this package being installed.
+
+        transformers notes the saved class alone; a checkpoint with heads could then not be opened as an encoder.
+        """
+        self.config.auto_map = {"AutoModel": f"{EcgMoeModel.__module__.split('.')[-1]}.{EcgMoeModel.__name__}"}
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Conv1d):
+            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=1.0 / math.sqrt(module.in_features), a=-2.0, b=2.0)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, StateSpace):
+            # S4D-Lin: A_n = -1/2 + i pi n; steps from 0.002 to 0.2 tokens' time, log-uniform over the channels.
+            orders = torch.arange(module.states, dtype=torch.float32)
+            init.copy_(module.log_decay, torch.full_like(module.log_decay, math.log(0.5)))
+            init.copy_(module.frequency, (math.pi * orders).expand(module.channels, -1))
+            steps = torch.linspace(math.log(0.002), math.log(0.2), module.channels)
+            init.copy_(module.log_step, steps)
+            init.normal_(module.weight, std=1.0)
+            init.ones_(module.skip)
+        elif isinstance(module, TemporalFeatures):
+            init.zeros_(module.gate_weight)
+            init.zeros_(module.gate_bias)
+        elif isinstance(module, Router):
+            init.normal_(module.weight, std=std)
+        elif isinstance(module, Experts):
+            init.normal_(module.gate_up_proj, std=1.0 / math.sqrt(self.config.hidden_size))
+            init.normal_(module.down_proj, std=1.0 / math.sqrt(self.config.expert_size))
+        elif isinstance(module, QueryPooling):
+            init.normal_(module.queries, std=1.0)
+        elif isinstance(module, MorphologyPath):
+            init.normal_(module.mean_beat, std=std)
+        elif isinstance(module, RhythmPath):
+            init.normal_(module.kind, std=std)
+        else:
+            super()._init_weights(module)
+
+
+class EcgMoeEncoder(nn.Module):
+    """The backbone: everything that does not depend on the task."""
+
+    def __init__(self, config: EcgMoeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.temporal = TemporalFeatures(config)
+        self.paths = nn.ModuleDict(
+            {name: {"morphology": MorphologyPath, "rhythm": RhythmPath}[name](config) for name in config.paths}
+        )
+
+    def forward(
+        self,
+        input_values: Tensor,
+        lead_mask: Tensor | None = None,
+        sample_mask: Tensor | None = None,
+        r_peaks: Tensor | None = None,
+        rr_intervals_s: Tensor | None = None,
+        period_s: Tensor | None = None,
+    ) -> EcgMoeEncoderOutput:
+        """See `EcgMoeModel.forward`."""
+        config, stride, rate = self.config, self.config.token_stride, self.config.sampling_rate
+        batch, samples = _checked_shape(input_values, config)
+        if sample_mask is None:
+            sample_mask = input_values.new_ones(batch, samples, dtype=torch.bool)
+        if lead_mask is not None:
+            input_values = input_values * lead_mask[:, :, None]
+        input_values = input_values * sample_mask[:, None, :]
+        input_values = functional.pad(input_values, (0, -samples % stride))
+        sample_mask = functional.pad(sample_mask, (0, -samples % stride), value=False)
+        token_mask = sample_mask.unflatten(1, (-1, stride)).any(dim=2)
+        if r_peaks is None:
+            r_peaks = input_values.new_full((batch, 1), -1.0)
+        r_peaks = r_peaks.float()
+        beat_mask = r_peaks >= 0
+        if rr_intervals_s is None:
+            following = beat_mask & functional.pad(beat_mask, (1, 0))[:, :-1]
+            rr_intervals_s = functional.pad(r_peaks, (1, 0))[:, 1:] - functional.pad(r_peaks, (1, 0))[:, :-1]
+            rr_intervals_s = rr_intervals_s / rate * following
+        if period_s is None:
+            count = (rr_intervals_s > 0).sum(dim=1).clamp(min=1)
+            period_s = rr_intervals_s.sum(dim=1) / count
+        # With the width of the model's numbers, so that half-precision models run too.
+        dtype = self.temporal.norm.weight.dtype
+        input_values, period = input_values.to(dtype), period_s.float() * rate
+        sample_clock = CardiacClock(
+            r_peaks, period, torch.arange(input_values.shape[2], device=r_peaks.device).float()
+        )
+        token_times = torch.arange(token_mask.shape[1], device=r_peaks.device) * float(stride) + 0.5 * stride
+        token_clock = CardiacClock(r_peaks, period, token_times).features(rate, period).to(dtype)
+
+        tokens, family_weights = self.temporal(input_values, token_mask, sample_mask, sample_clock, token_clock)
+        routings: dict[str, tuple[list[Routing], Tensor]] = {}
+        output = EcgMoeEncoderOutput(
+            last_hidden_state=tokens, token_mask=token_mask, family_weights=family_weights, period_s=period_s
+        )
+        beats = rr_features(rr_intervals_s.float(), period_s.float(), beat_mask).to(dtype)
+        if "morphology" in self.paths:
+            at_beats = _clock_at_beats(r_peaks, rr_intervals_s, period_s, beat_mask, beats)
+            path = self.paths["morphology"](input_values, tokens, token_mask, r_peaks, beat_mask, at_beats.to(dtype))
+            output.beat_hidden_state, output.beat_mask = path.hidden, path.mask
+            output.morphology_router_probs = tuple(torch.softmax(r.logits, dim=-1) for r in path.routings)
+            routings["morphology"] = (path.routings, path.mask)
+        if "rhythm" in self.paths:
+            path = self.paths["rhythm"](tokens, token_mask, r_peaks, beat_mask, beats)
+            output.rhythm_hidden_state, output.rhythm_mask = path.hidden, path.mask
+            output.rhythm_router_probs = tuple(torch.softmax(r.logits, dim=-1) for r in path.routings)
+            routings["rhythm"] = (path.routings, path.mask)
+        if self.training:
+            output.aux_loss = self._router_losses(routings)
+        return output
+
+    def _router_losses(self, routings: dict[str, tuple[list[Routing], Tensor]]) -> Tensor:
+        total = torch.zeros((), device=self.temporal.norm.weight.device)
+        for layers, mask in routings.values():
+            for routing in layers:
+                balance = load_balancing_loss(routing.logits, routing.experts, mask)
+                total = total + self.config.router_aux_loss_coef * balance
+                total = total + self.config.router_z_loss_coef * router_z_loss(routing.logits, mask)
+        return total
+
+
+def _checked_shape(input_values: Tensor, config: EcgMoeConfig) -> tuple[int, int]:
+    if input_values.ndim != 3 or input_values.shape[1] != len(config.leads):
+        raise ValueError(
+            f"`input_values` must have shape (batch, {len(config.leads)} leads, samples), found "
+            f"{tuple(input_values.shape)}; EcgMoeFeatureExtractor makes it from any recording"
+        )
+    return input_values.shape[0], input_values.shape[2]
+
+
+def _clock_at_beats(
+    r_peaks: Tensor, rr_intervals_s: Tensor, period_s: Tensor, beat_mask: Tensor, beats: Tensor
+) -> Tensor:
+    """The clock features of beats, (b, n, CLOCK_FEATURES): phase is 0 there by definition, the rest is their RR."""
+    before, after = beats[..., 0], beats[..., 1]
+    zeros, ones = torch.zeros_like(before), torch.ones_like(before)
+    known = (before > 0).to(before.dtype)
+    columns = [before, after, beats[..., 2], beats[..., 3], beats[..., 4], beats[..., 5]]
+    columns += [period_s[:, None].to(before.dtype) * ones, known, zeros, ones]
+    return torch.stack(columns, dim=-1) * beat_mask[..., None]
+
+
+class EcgMoeModel(EcgMoePreTrainedModel):
+    """Backbone and fusion: an ECG in, its embedding out."""
+
+    def __init__(self, config: EcgMoeConfig) -> None:
+        super().__init__(config)
+        self.encoder = EcgMoeEncoder(config)
+        self.fusion = Fusion(config)
+        self.post_init()
+
+    def forward(
+        self,
+        input_values: Tensor | None = None,
+        lead_mask: Tensor | None = None,
+        sample_mask: Tensor | None = None,
+        r_peaks: Tensor | None = None,
+        rr_intervals_s: Tensor | None = None,
+        period_s: Tensor | None = None,
+        encoder_output: EcgMoeEncoderOutput | None = None,
+        output_attentions: bool = False,
+    ) -> EcgMoeModelOutput:
+        r"""Embed a batch. `EcgMoeFeatureExtractor` makes all arguments.
+
+        Args:
+            input_values: (b, 12, t) at `config.sampling_rate`, in the feature extractor's scale, 0 where missing.
+            lead_mask: bool (b, 12), *optional*, defaults to all leads present.
+            sample_mask: bool (b, t), *optional*, defaults to no padding.
+            r_peaks: (b, n) in samples, negative where there are no more, *optional*: without them the model treats the
+                record as one in which no beat was found.
+            rr_intervals_s: (b, n), seconds since the beat before, 0 where unknown, *optional*, from `r_peaks`.
+            period_s: (b,), mean RR interval, 0 where unknown, *optional*, from `rr_intervals_s`.
+            encoder_output: what `encoder` returned before, instead of the signal, *optional*.
+            output_attentions: return the fusion's attention on tokens, beats and rhythm.
+
+        Raises:
+            ValueError: neither `input_values` nor `encoder_output` is given, or the shape is wrong.
+        """
+        if encoder_output is None:
+            if input_values is None:
+                raise ValueError("pass `input_values`, or an `encoder_output` computed before")
+            encoder_output = self.encoder(input_values, lead_mask, sample_mask, r_peaks, rr_intervals_s, period_s)
+        embedding, attentions = self.fusion(encoder_output.memories())
+        return EcgMoeModelOutput(
+            pooler_output=embedding,
+            last_hidden_state=encoder_output.last_hidden_state,
+            attentions=attentions if output_attentions else None,
+            encoder=encoder_output,
+        )
+
+
+class EcgMoeForTasks(EcgMoePreTrainedModel):
+    """ECG-MoE with one linear head for each task of its configuration."""
+
+    def __init__(self, config: EcgMoeConfig) -> None:
+        super().__init__(config)
+        self.ecgmoe = EcgMoeModel(config)
+        self.tasks = {name: Task.from_dict(values) for name, values in (config.tasks or {}).items()}
+        self.heads = nn.ModuleDict(
+            {f"head_{name}": nn.Linear(config.record_size, task.num_outputs) for name, task in self.tasks.items()}
+        )
+        self.dropout = nn.Dropout(config.head_dropout)
+        self.post_init()
+
+    def freeze_base_model(self) -> None:
+        """Stop training everything but the heads."""
+        for parameter in self.ecgmoe.parameters():
+            parameter.requires_grad = False
+
+    def add_task(self, task: Task) -> None:
+        """Add a head, or replace the one of the same name, for a task that the checkpoint does not have."""
+        self.config.tasks = {**(self.config.tasks or {}), task.name: task.to_dict()}
+        self.tasks[task.name] = task
+        head = nn.Linear(self.config.record_size, task.num_outputs)
+        self.heads[f"head_{task.name}"] = head.to(self.device, self.dtype)
+        self._init_weights(head)
+
+    def forward(
+        self,
+        input_values: Tensor | None = None,
+        lead_mask: Tensor | None = None,
+        sample_mask: Tensor | None = None,
+        r_peaks: Tensor | None = None,
+        rr_intervals_s: Tensor | None = None,
+        period_s: Tensor | None = None,
+        labels: dict[str, Tensor] | None = None,
+        tasks: list[str] | None = None,
+        encoder_output: EcgMoeEncoderOutput | None = None,
+        output_attentions: bool = False,
+    ) -> EcgMoeTaskOutput:
+        r"""Answer the tasks.
+
+        Args:
+            labels: task to (b, outputs), as `Task.targets` gives them, NaN where unknown, *optional*.
+            tasks: names of the heads to use, *optional*, defaults to all.
+
+        See `EcgMoeModel.forward` for the others.
+        """
+        names = list(self.tasks) if tasks is None else tasks
+        unknown = sorted(set(names) - set(self.tasks))
+        if unknown:
+            raise ValueError(f"no head for {', '.join(unknown)}; this model has {', '.join(self.tasks)}")
+        output = self.ecgmoe(
+            input_values,
+            lead_mask,
+            sample_mask,
+            r_peaks,
+            rr_intervals_s,
+            period_s,
+            encoder_output=encoder_output,
+            output_attentions=output_attentions,
+        )
+        embedding = self.dropout(output.pooler_output)
+        logits = {
+            name: add_prior(self.heads[f"head_{name}"](embedding), self.tasks[name], output.encoder.period_s)
+            for name in names
+        }
+        loss, losses = None, None
+        if labels is not None:
+            losses = {
+                name: task_loss(self.tasks[name], logits[name], labels[name]) for name in names if name in labels
+            }
+            loss = torch.stack([self.tasks[name].loss_weight * value for name, value in losses.items()]).sum()
+            if output.encoder.aux_loss is not None:
+                loss = loss + output.encoder.aux_loss
+        return EcgMoeTaskOutput(
+            loss=loss,
+            logits=logits,
+            losses=losses,
+            pooler_output=output.pooler_output,
+            attentions=output.attentions,
+            encoder=output.encoder,
+        )
+
+
+# A regression with a measured prior learns only a correction; it moves in steps of this share of the task's spread.
+CORRECTION_SHARE = 0.05
+
+
+def add_prior(logits: Tensor, task: Task, period_s: Tensor) -> Tensor:
+    """Start a regression from what the feature extractor measured: the RR task from the mean RR of the found beats.
+
+    Where nothing was measured the head's own value counts, in full.
+    """
+    if not task.prior:
+        return logits
+    measured = (period_s[:, None].to(logits.dtype) * 1000.0 - task.center) / task.spread
+    return torch.where(period_s[:, None] > 0, measured + CORRECTION_SHARE * logits, logits)
+
+
+def task_loss(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss of one task over the known labels: smooth L1 of standardised values, or (binary) cross-entropy.
+
+    Args:
+        logits: (b, outputs); labels: (b, outputs), NaN where unknown.
+
+    Raises:
+        ValueError: the shapes differ. (b, 1) against (b,) would broadcast to (b, b) and teach the mean.
+    """
+    if logits.shape != labels.shape:
+        raise ValueError(f"task {task.name}: logits {tuple(logits.shape)} and labels {tuple(labels.shape)} must agree")
+    known = torch.isfinite(labels)
+    labels = torch.where(known, labels, 0.0).to(logits.dtype)
+    logits = logits.float()
+    if task.kind == "regression":
+        standard = (labels - task.center) / task.spread
+        each = functional.smooth_l1_loss(logits, standard, reduction="none", beta=0.1)
+    elif task.kind == "multi_class":
+        each = -(labels * functional.log_softmax(logits, dim=-1)).sum(dim=-1, keepdim=True)
+        known = known.all(dim=-1, keepdim=True)
+    else:
+        each = functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
+    return (each * known).sum() / known.sum().clamp(min=1)
+
+
+EcgMoeConfig.register_for_auto_class()
+EcgMoeModel.register_for_auto_class("AutoModel")
+# A recording is a time series; no auto class says more than that of a model with heads of several kinds.
+EcgMoeForTasks.register_for_auto_class("AutoModelForTimeSeriesPrediction")
+
+__all__ = ["EcgMoeForTasks", "EcgMoeModel", "EcgMoePreTrainedModel"]

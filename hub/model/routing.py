@@ -1,0 +1,272 @@
+"""Mixture of experts: a router that chooses, experts that compute, a layer that joins them, and the two router losses.
+
+Axes: b record, n element of a sequence (beat or coarse token), d channel, e expert.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.integrations import use_experts_implementation
+
+from .configuration_ecgmoe import EcgMoeConfig
+from .temporal import CLOCK_FEATURES, Attention, ConvNorm, DropPath, time_features
+
+
+class Routing(NamedTuple):
+    """What a router decided: logits (b, n, e) in float32, weights (b, n, k) that sum to one, experts (b, n, k)."""
+
+    logits: Tensor
+    weights: Tensor
+    experts: Tensor
+
+
+class Router(nn.Module):
+    """Chooses the k most probable experts of each element, in float32 whatever the model's type."""
+
+    def __init__(self, config: EcgMoeConfig) -> None:
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+
+    def forward(self, hidden: Tensor) -> Routing:
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = functional.linear(hidden.float(), self.weight.float())
+            weights, experts = torch.softmax(logits, dim=-1).topk(self.top_k, dim=-1)
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return Routing(logits, weights, experts)
+
+
+@use_experts_implementation
+class Experts(nn.Module):
+    """Gated feed-forward experts as 3-D parameters.
+
+    The form here computes all experts for all elements and weighs the chosen ones: with a few small experts this is
+    faster on CPUs than sorting elements (see `benchmarks/`). `experts_implementation="grouped_mm"` or `"batched_mm"`
+    of `from_pretrained` computes the chosen ones only.
+    """
+
+    def __init__(self, config: EcgMoeConfig) -> None:
+        super().__init__()
+        self.num_experts = config.num_experts
+        self.gate_up_proj = nn.Parameter(torch.empty(config.num_experts, 2 * config.expert_size, config.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, config.expert_size))
+        self.act_fn = nn.SiLU()
+
+    def forward(self, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        share = hidden.new_zeros(hidden.shape[0], self.num_experts).scatter(
+            1, top_k_index, top_k_weights.to(hidden.dtype)
+        )
+        gate, up = torch.matmul(hidden, self.gate_up_proj.transpose(1, 2)).chunk(2, dim=-1)
+        inner = self.act_fn(gate) * up * share.t().unsqueeze(-1)
+        return torch.matmul(inner, self.down_proj.transpose(1, 2)).sum(dim=0)
+
+
+class SharedExpert(nn.Module):
+    """The expert that sees every element."""
+
+    def __init__(self, config: EcgMoeConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.expert_size, bias=False)
+        self.down_proj = nn.Linear(config.expert_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        gate, up = self.gate_up_proj(hidden).chunk(2, dim=-1)
+        return self.down_proj(functional.silu(gate) * up)
+
+
+class MixtureLayer(nn.Module):
+    """Attention among the elements of a path, then routed experts and the shared one; pre-norm residuals."""
+
+    def __init__(self, config: EcgMoeConfig) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(config.hidden_size), nn.LayerNorm(config.hidden_size)
+        self.attention = Attention(config.hidden_size, config.num_attention_heads)
+        self.router = Router(config)
+        self.experts = Experts(config)
+        self.shared_expert = SharedExpert(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.drop_path = DropPath(config.drop_path)
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, Routing]:
+        normed = self.norm1(hidden)
+        hidden = hidden + self.drop_path(self.dropout(self.attention(normed, normed, mask)[0]))
+        normed = self.norm2(hidden)
+        routing = self.router(normed)
+        flat = normed.flatten(0, 1)
+        routed = self.experts(flat, routing.experts.flatten(0, 1), routing.weights.flatten(0, 1)).view_as(normed)
+        return hidden + self.drop_path(self.dropout(routed + self.shared_expert(normed))), routing
+
+
+def load_balancing_loss(logits: Tensor, experts: Tensor, mask: Tensor) -> Tensor:
+    """How unevenly the experts are used (Fedus et al. 2022, Switch Transformers, eq. 4 to 6, for k choices).
+
+    Args:
+        logits: (b, n, e); experts: chosen indices (b, n, k); mask: bool (b, n), False elements do not count.
+
+    Returns:
+        A scalar: e * sum_e f_e P_e, f the share of choices and P the mean probability; 1 where balanced, at most e.
+    """
+    num_experts = logits.shape[-1]
+    weight = mask.to(logits.dtype)
+    total = weight.sum().clamp(min=1.0)
+    probability = (torch.softmax(logits, dim=-1) * weight[..., None]).sum(dim=(0, 1)) / total
+    chosen = functional.one_hot(experts, num_experts).to(logits.dtype).mean(dim=2)
+    frequency = (chosen * weight[..., None]).sum(dim=(0, 1)) / total
+    return num_experts * (frequency * probability).sum()
+
+
+def router_z_loss(logits: Tensor, mask: Tensor) -> Tensor:
+    """Keeps router logits small (Zoph et al. 2022, ST-MoE, eq. 5): the mean squared log-sum-exp of the elements."""
+    weight = mask.to(logits.dtype)
+    return (torch.logsumexp(logits, dim=-1) ** 2 * weight).sum() / weight.sum().clamp(min=1.0)
+
+
+class PathOutput(NamedTuple):
+    """States of a path (b, n, d), which of them are real (b, n), and the routing of each layer."""
+
+    hidden: Tensor
+    mask: Tensor
+    routings: list[Routing]
+
+
+class MorphologyPath(nn.Module):
+    """The shape of each beat: a window of the signal around its R peak, the tokens there, and how it departs in time.
+
+    Element 0 stands for the record's mean beat, so that a record without any beat has a state too.
+    """
+
+    def __init__(self, config: EcgMoeConfig) -> None:
+        super().__init__()
+        start_s, end_s = config.beat_window_s
+        self.start = round(start_s * config.sampling_rate)
+        self.length = round((end_s - start_s) * config.sampling_rate)
+        self.stride = config.token_stride
+        wide, wider = config.beat_channels
+        self.window = nn.Sequential(
+            ConvNorm(len(config.leads), wide, 7, stride=2),
+            ConvNorm(wide, wider, 5, stride=2),
+        )
+        positions = math.ceil(math.ceil(self.length / 2) / 2)
+        self.window_project = nn.Linear(wider * positions, config.hidden_size)
+        self.token_offsets = (-2, 0, 2, 4)
+        self.token_project = nn.Linear(len(self.token_offsets) * config.hidden_size, config.hidden_size)
+        self.clock = nn.Linear(CLOCK_FEATURES, config.hidden_size) if config.period_aware else None
+        self.mean_beat = nn.Parameter(torch.empty(config.hidden_size))
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.layers = nn.ModuleList(MixtureLayer(config) for _ in range(config.path_layers))
+
+    def forward(
+        self,
+        x: Tensor,
+        tokens: Tensor,
+        token_mask: Tensor,
+        r_peaks: Tensor,
+        beat_mask: Tensor,
+        clock_features: Tensor,
+    ) -> PathOutput:
+        """x (b, l, t); tokens (b, s, d), token_mask (b, s); r_peaks (b, n) in samples;
+        beat_mask (b, n); clock_features (b, n, ...)."""
+        windows = self._windows(x, r_peaks) * beat_mask[:, :, None, None]
+        share = beat_mask.to(x.dtype) / beat_mask.sum(dim=1, keepdim=True).clamp(min=1)
+        mean_window = (windows * share[:, :, None, None]).sum(dim=1, keepdim=True)
+        windows = torch.cat([mean_window, windows - mean_window * beat_mask[:, :, None, None]], dim=1)
+        shapes = self.window(windows.flatten(0, 1)).flatten(1)
+        hidden = self.window_project(shapes).unflatten(0, windows.shape[:2])
+        around = self.token_project(self._tokens_at(tokens, token_mask, r_peaks))
+        if self.clock is not None:
+            around = around + self.clock(clock_features)
+        mean_around = (around * share[..., None]).sum(dim=1, keepdim=True) + self.mean_beat
+        hidden = self.norm(hidden + torch.cat([mean_around, around], dim=1))
+        mask = functional.pad(beat_mask, (1, 0), value=True)
+        return _mix(self.layers, hidden, mask)
+
+    def _windows(self, x: Tensor, r_peaks: Tensor) -> Tensor:
+        """The signal around each R peak, (b, n, l, length), 0 beyond the ends."""
+        padded = functional.pad(x, (self.length, self.length))
+        first = r_peaks.round().long().clamp(min=0) + self.start + self.length
+        index = first[..., None] + torch.arange(self.length, device=x.device)
+        index = index.clamp(max=padded.shape[-1] - 1)
+        beats, length = index.shape[1:]
+        picked = padded.gather(2, index.flatten(1)[:, None, :].expand(-1, x.shape[1], -1))
+        return picked.unflatten(2, (beats, length)).transpose(1, 2)
+
+    def _tokens_at(self, tokens: Tensor, token_mask: Tensor, r_peaks: Tensor) -> Tensor:
+        """The tokens before, at and after each R peak side by side, (b, n, offsets * d)."""
+        centre = (r_peaks.clamp(min=0) / self.stride).long()
+        offsets = torch.tensor(self.token_offsets, device=tokens.device)
+        last = (token_mask * torch.arange(tokens.shape[1], device=tokens.device)).amax(dim=1)
+        index = torch.minimum((centre[..., None] + offsets).clamp(min=0), last[:, None, None])
+        picked = tokens.gather(1, index.flatten(1)[..., None].expand(-1, -1, tokens.shape[-1]))
+        return picked.unflatten(1, index.shape[1:]).flatten(2)
+
+
+class RhythmPath(nn.Module):
+    """The order of beats in time: one element for each RR interval, one for each coarse stretch of the recording."""
+
+    def __init__(self, config: EcgMoeConfig) -> None:
+        super().__init__()
+        self.pool, self.stride, self.sampling_rate = config.rhythm_pool, config.token_stride, config.sampling_rate
+        self.size = config.hidden_size
+        self.intervals = nn.Sequential(
+            nn.Linear(RR_FEATURES, config.hidden_size), nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size)
+        )
+        self.coarse = nn.Linear(2 * config.hidden_size, config.hidden_size)
+        self.kind = nn.Parameter(torch.empty(2, config.hidden_size))
+        self.period_aware = config.period_aware
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.layers = nn.ModuleList(MixtureLayer(config) for _ in range(config.path_layers))
+
+    def forward(
+        self, tokens: Tensor, token_mask: Tensor, r_peaks: Tensor, beat_mask: Tensor, rr_features: Tensor
+    ) -> PathOutput:
+        """tokens (b, s, d); r_peaks (b, n) in samples; rr_features (b, n, `RR_FEATURES`)."""
+        coarse, coarse_mask = self._coarse(tokens, token_mask)
+        seconds = torch.arange(coarse.shape[1], device=tokens.device) * (self.pool * self.stride / self.sampling_rate)
+        hidden = self.coarse(coarse) + self.kind[0] + time_features(seconds, self.size).to(tokens.dtype)
+        mask = coarse_mask
+        if self.period_aware:
+            when = time_features(r_peaks / self.sampling_rate, self.size).to(tokens.dtype)
+            intervals = self.intervals(rr_features) + self.kind[1] + when
+            hidden, mask = torch.cat([hidden, intervals], dim=1), torch.cat([mask, beat_mask], dim=1)
+        return _mix(self.layers, self.norm(hidden), mask)
+
+    def _coarse(self, tokens: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and maximum of the real tokens of each stretch, (b, stretches, 2 d), and which stretches have any."""
+        extra = -tokens.shape[1] % self.pool
+        tokens = functional.pad(tokens, (0, 0, 0, extra)).unflatten(1, (-1, self.pool))
+        mask = functional.pad(token_mask, (0, extra), value=False).unflatten(1, (-1, self.pool))
+        seen = mask.any(dim=2)
+        count = mask.sum(dim=2).clamp(min=1)[..., None]
+        mean = (tokens * mask[..., None]).sum(dim=2) / count
+        highest = tokens.masked_fill(~mask[..., None], -1e4).amax(dim=2) * seen[..., None]
+        return torch.cat([mean, highest], dim=-1), seen
+
+
+RR_FEATURES = 6
+
+
+def rr_features(rr_intervals_s: Tensor, period_s: Tensor, beat_mask: Tensor) -> Tensor:
+    """What the rhythm path is told of each beat, (b, n, `RR_FEATURES`).
+
+    The interval before and after in seconds, both against the record's mean, their difference, and whether both are
+    known.
+    """
+    before = rr_intervals_s
+    after = functional.pad(before, (0, 1))[:, 1:] * beat_mask
+    mean = period_s[:, None].clamp(min=0.05)
+    ratio_before, ratio_after = ((rr / mean - 1.0) * (rr > 0) for rr in (before, after))
+    both = ((before > 0) & (after > 0)).to(before.dtype)
+    change = (after - before) / mean * both
+    features = torch.stack([before, after, 3 * ratio_before, 3 * ratio_after, 3 * change, both], dim=-1)
+    return features.clamp(-6.0, 6.0) * beat_mask[..., None]
+
+
+def _mix(layers: nn.ModuleList, hidden: Tensor, mask: Tensor) -> PathOutput:
+    routings = []
+    for layer in layers:
+        hidden, routing = layer(hidden, mask)
+        routings.append(routing)
+    return PathOutput(hidden, mask, routings)

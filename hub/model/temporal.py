@@ -1,0 +1,356 @@
+"""Temporal features: five families that look at the same signal side by side and give tokens on one grid.
+
+Axes: b record, l lead, t sample, s token, n beat, p phase bin, d channel.
+
+| family | looks for | after |
+|---|---|---|
+| conv | local waves, by a residual network | He et al. 2016 |
+| ssm | long memory, by bidirectional diagonal state spaces | S4D, Gu et al. 2022 |
+| patch | relations between any two moments, by a transformer on patches | PatchTST, Nie et al. 2023 |
+| trend | slow drift against fast residual | DLinear, Zeng et al. 2023 |
+| period | the record's mean heart cycle, and what departs from it | TimesNet's folding, Wu et al. 2023, on beats |
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .configuration_ecgmoe import EcgMoeConfig
+
+
+class CardiacClock:
+    """Where in its heart cycle each moment lies.
+
+    Args:
+        r_peaks: float (b, n) in samples, negative where there are no more beats.
+        period: float (b,) in samples, the record's own mean RR interval, 0 where unknown.
+        times: float (moments,) in samples.
+
+    Attributes:
+        phase: (b, moments) in [0, 1): 0 at an R peak. Before the first and after the last beat the mean period goes
+            on; without any beat the period runs from the first sample.
+        rr: (b, moments), the length in samples of the cycle that holds the moment, 0 where unknown.
+        since: (b, moments), samples since the last R peak; known: (b,), False where phase means nothing.
+    """
+
+    def __init__(self, r_peaks: Tensor, period: Tensor, times: Tensor) -> None:
+        far = 1e6
+        batch = r_peaks.shape[0]
+        peaks = torch.where(r_peaks >= 0, r_peaks, far).contiguous()
+        at = torch.searchsorted(peaks, times.expand(batch, -1).contiguous(), right=True)
+        framed = nn.functional.pad(peaks, (1, 1), value=far)
+        last, following = framed.gather(1, at), framed.gather(1, at + 1)
+        has_last, has_next = at > 0, following < far / 2
+        period = period[:, None]
+        cycle = torch.where(has_last & has_next, following - last, period)
+        since = torch.where(
+            has_last, times - last, torch.where(has_next, cycle - (following - times), times + 0 * cycle)
+        )
+        safe = cycle.clamp(min=1.0)
+        self.known = period[:, 0] > 0
+        self.phase = torch.where(self.known[:, None], torch.remainder(since / safe, 1.0), 0.0)
+        self.rr = torch.where(self.known[:, None], cycle, 0.0)
+        self.since = torch.where(self.known[:, None], torch.remainder(since, safe), 0.0)
+
+    def features(self, sampling_rate: int, period: Tensor) -> Tensor:
+        """What a token is told of its heart cycle: (b, moments, `CLOCK_FEATURES`)."""
+        angle = 2 * math.pi * self.phase
+        mean = period[:, None].clamp(min=1.0)
+        seconds = self.rr / sampling_rate
+        known = self.known[:, None].expand_as(self.phase).to(self.phase.dtype)
+        waves = [wave(k * angle) for k in (1, 2, 3) for wave in (torch.sin, torch.cos)]
+        pace = [seconds, self.since / sampling_rate, (self.rr / mean - 1.0).clamp(-1.0, 2.0), known]
+        return torch.stack([*waves, *pace], dim=-1) * known[..., None]
+
+
+CLOCK_FEATURES = 10
+
+
+class ConvNorm(nn.Sequential):
+    """Convolution, batch normalisation and, unless it ends a residual branch, a rectifier."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, rectify: bool = True) -> None:
+        layers: list[nn.Module] = [
+            nn.Conv1d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False),
+            nn.BatchNorm1d(outputs),
+        ]
+        super().__init__(*layers, *([nn.ReLU()] if rectify else []))
+
+
+class DropPath(nn.Module):
+    """Leave out a residual branch for some records of a batch (stochastic depth, Huang et al. 2016)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0.0:
+            return x
+        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+        return x * (torch.rand(shape, device=x.device) >= self.rate) / (1.0 - self.rate)
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions and a shortcut."""
+
+    def __init__(self, channels: int, kernel: int, drop_path: float) -> None:
+        super().__init__()
+        self.first = ConvNorm(channels, channels, kernel)
+        self.second = ConvNorm(channels, channels, kernel, rectify=False)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return torch.relu(x + self.drop_path(self.second(self.first(x) * mask)))
+
+
+def stretch(token_mask: Tensor, length: int) -> Tensor:
+    """Which steps of a finer grid lie in real tokens: (b, s) to (b, 1, length)."""
+    return token_mask.repeat_interleave(length // token_mask.shape[1], dim=1)[:, None, :]
+
+
+class ConvFamily(nn.Module):
+    """A residual network of stride 8: (b, l, t) to (b, s, d)."""
+
+    def __init__(self, config: EcgMoeConfig) -> None:
+        super().__init__()
+        (low, middle, high), (k2, k4, k8) = config.conv_channels, config.conv_kernels
+        blocks4, blocks8 = config.conv_blocks
+        self.layers = nn.ModuleList(
+            [
+                ConvNorm(len(config.leads), low, k2, stride=2),
+                ConvNorm(low, middle, k4, stride=2),
+                *(ResidualBlock(middle, k4, config.drop_path) for _ in range(blocks4)),
+                ConvNorm(middle, high, k8, stride=2),
+                *(ResidualBlock(high, k8, config.drop_path) for _ in range(blocks8)),
+            ]
+        )
+        self.project = nn.Linear(high, config.hidden_size)
+
+    def forward(self, x: Tensor, token_mask: Tensor) -> Tensor:
+        mask = stretch(token_mask, x.shape[2]).to(x.dtype)
+        for layer in self.layers:
+            # What normalisation writes into padding must not reach the signal through the next convolution.
+            x = layer(x, mask) if isinstance(layer, ResidualBlock) else layer(x)
+            mask = stretch(token_mask, x.shape[2]).to(x.dtype)
+            x = x * mask
+        return self.project(x.transpose(1, 2))
+
+
+class StateSpace(nn.Module):
+    """A bidirectional diagonal state-space layer (S4D-Lin, Gu et al. 2022, eq. 3 and section 4) as one convolution.
+
+    The kernel of channel d at lag t is 2 Re sum_n C_dn exp(t dt_d A_dn); lags to the past and to the future have
+    coefficients of their own.
+    """
+
+    def __init__(self, channels: int, states: int) -> None:
+        super().__init__()
+        self.channels, self.states = channels, states
+        self.log_step = nn.Parameter(torch.empty(channels))
+        self.log_decay = nn.Parameter(torch.empty(channels, states))
+        self.frequency = nn.Parameter(torch.empty(channels, states))
+        self.weight = nn.Parameter(torch.empty(2, channels, states, 2))
+        self.skip = nn.Parameter(torch.empty(channels))
+        self.norm = nn.LayerNorm(channels)
+        self.mix = nn.Linear(channels, 2 * channels)
+
+    def kernel(self, length: int) -> Tensor:
+        """The two-sided kernel (d, 2 * length): lags 0 to length - 1, then -length to -1."""
+        step = self.log_step.exp()[:, None]
+        decay, angle = -self.log_decay.exp() * step, self.frequency * step
+        lags = torch.arange(length, device=step.device, dtype=step.dtype)
+        envelope = torch.exp(decay[..., None] * lags)
+        turn = angle[..., None] * lags
+        real, imaginary = self.weight[..., 0, None], self.weight[..., 1, None]
+        past, future = (envelope * (real * torch.cos(turn) - imaginary * torch.sin(turn))).sum(dim=2) * 2.0 * step
+        return torch.cat([past, future.flip(-1)], dim=-1)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x (b, s, d); mask (b, 1, s), 0 on padding."""
+        length = x.shape[1]
+        u = self.norm(x).transpose(1, 2).float() * mask
+        spectrum = torch.fft.rfft(u, n=2 * length) * torch.fft.rfft(self.kernel(length).float())
+        y = torch.fft.irfft(spectrum, n=2 * length)[..., :length] + self.skip[:, None] * u
+        value, gate = self.mix(functional.gelu(y.transpose(1, 2)).to(x.dtype)).chunk(2, dim=-1)
+        return x + value * torch.sigmoid(gate)
+
+
+class SsmFamily(nn.Module):
+    """State-space layers at half the token stride, pooled to tokens."""
+
+    def __init__(self, config: EcgMoeConfig) -> None:
+        super().__init__()
+        stride = config.token_stride // 2
+        self.embed = nn.Conv1d(len(config.leads), config.ssm_channels, 4 * stride, stride, padding=2 * stride)
+        self.layers = nn.ModuleList(
+            StateSpace(config.ssm_channels, config.ssm_states) for _ in range(config.ssm_layers)
+        )
+        self.project = nn.Linear(2 * config.ssm_channels, config.hidden_size)
+
+    def forward(self, x: Tensor, token_mask: Tensor) -> Tensor:
+        num_tokens = token_mask.shape[1]
+        mask = stretch(token_mask, 2 * num_tokens).float()
+        hidden = self.embed(x)[..., : 2 * num_tokens].transpose(1, 2)
+        for layer in self.layers:
+            hidden = layer(hidden, mask)
+        return self.project(hidden.reshape(hidden.shape[0], num_tokens, -1))
+
+
+class Attention(nn.Module):
+    """Multi-head attention of (b, q, d) over (b, k, d)."""
+
+    def __init__(self, size: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(size, size)
+        self.k_proj = nn.Linear(size, size, bias=False)
+        self.v_proj = nn.Linear(size, size)
+        self.out_proj = nn.Linear(size, size)
+
+    def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """mask: bool (b, k), True where the memory may be seen, at least once a record. Returns (b, q, d) and the
+        weights (b, heads, q, k)."""
+        query, key, value = (
+            projection(states).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for projection, states in ((self.q_proj, x), (self.k_proj, memory), (self.v_proj, memory))
+        )
+        scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(2, 3))
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, None, :], -1e4)
+        weights = torch.softmax(scores, dim=-1)
+        return self.out_proj(torch.matmul(weights, value).transpose(1, 2).flatten(-2)), weights
+
+
+def time_features(seconds: Tensor, size: int) -> Tensor:
+    """Sines and cosines of a time in seconds, periods from 0.16 to 20 s: (..., size)."""
+    rates = torch.logspace(math.log10(1 / 20), math.log10(1 / 0.16), size // 2, device=seconds.device)
+    angle = 2 * math.pi * seconds[..., None] * rates
+    return torch.cat([torch.sin(angle), torch.cos(angle)], dim=-1)
+
+
+class PatchLayer(nn.Module):
+    """A pre-norm transformer layer."""
+
+    def __init__(self, size: int, heads: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(size), nn.LayerNorm(size)
+        self.attention = Attention(size, heads)
+        self.up_proj, self.down_proj = nn.Linear(size, 2 * size), nn.Linear(2 * size, size)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        normed = self.norm1(x)
+        x = x + self.attention(normed, normed, mask)[0]
+        return x + self.down_proj(functional.gelu(self.up_proj(self.norm2(x))))
+
+
+class PatchFamily(nn.Module):
+    """A transformer on patches of three token strides."""
+
+    def __init__(self, config: EcgMoeConfig) -> None:
+        super().__init__()
+        stride, size = config.token_stride, config.patch_channels
+        self.token_s = stride / config.sampling_rate
+        self.embed = nn.Conv1d(len(config.leads), size, 3 * stride, stride, padding=stride)
+        self.layers = nn.ModuleList(PatchLayer(size, config.num_attention_heads) for _ in range(config.patch_layers))
+        self.project = nn.Linear(size, config.hidden_size)
+
+    def forward(self, x: Tensor, token_mask: Tensor) -> Tensor:
+        num_tokens = token_mask.shape[1]
+        hidden = self.embed(x)[..., :num_tokens].transpose(1, 2)
+        seconds = torch.arange(num_tokens, device=x.device) * self.token_s
+        hidden = hidden + time_features(seconds, hidden.shape[-1]).to(hidden.dtype)
+        for layer in self.layers:
+            hidden = layer(hidden, token_mask)
+        return self.project(hidden)
+
+
+class TrendFamily(nn.Module):
+    """Each patch told apart into a moving average and the rest, each read by its own linear layer (DLinear)."""
+
+    def __init__(self, config: EcgMoeConfig) -> None:
+        super().__init__()
+        self.stride = config.token_stride
+        self.window = 2 * (round(config.trend_window_s * config.sampling_rate / self.stride) // 2) + 1
+        leads = len(config.leads)
+        self.trend = nn.Linear(leads, config.hidden_size)
+        self.residual = nn.Linear(leads * self.stride, 64)
+        self.project = nn.Linear(64, config.hidden_size)
+
+    def forward(self, x: Tensor, token_mask: Tensor) -> Tensor:
+        patches = x.unflatten(2, (token_mask.shape[1], self.stride))
+        known = token_mask[:, None, :].to(x.dtype)
+        total, count = (
+            functional.avg_pool1d(of, self.window, 1, self.window // 2) for of in (patches.mean(dim=3) * known, known)
+        )
+        trend = total / count.clamp(min=1e-3)
+        residual = (patches - trend[..., None]).transpose(1, 2).flatten(2)
+        return self.trend(trend.transpose(1, 2)) + self.project(torch.relu(self.residual(residual)))
+
+
+class PeriodFamily(nn.Module):
+    """The record folded on its own beats: the mean cycle read around the clock, and what departs from it in place."""
+
+    def __init__(self, config: EcgMoeConfig) -> None:
+        super().__init__()
+        self.bins, self.stride = config.phase_bins, config.token_stride
+        leads = len(config.leads)
+        self.cycle = nn.Conv1d(leads, 64, 7, padding=3, padding_mode="circular")
+        self.cycle_project = nn.Linear(64, config.hidden_size)
+        self.departure = nn.Conv1d(leads, 64, 2 * self.stride, self.stride, padding=self.stride // 2)
+        self.project = nn.Linear(64, config.hidden_size)
+
+    def forward(self, x: Tensor, token_mask: Tensor, clock: CardiacClock, sample_mask: Tensor) -> Tensor:
+        batch, leads, num_tokens = x.shape[0], x.shape[1], token_mask.shape[1]
+        at = (clock.phase * self.bins).long().clamp(max=self.bins - 1)
+        index = at[:, None, :].expand(-1, leads, -1)
+        total = x.new_zeros(batch, leads, self.bins).scatter_add(2, index, x)
+        count = x.new_zeros(batch, self.bins).scatter_add(1, at, sample_mask.to(x.dtype))
+        mean_cycle = total / count.clamp(min=1.0)[:, None, :]
+        departure = (x - mean_cycle.gather(2, index)) * (clock.known[:, None, None] & sample_mask[:, None, :])
+        around = torch.relu(self.cycle(mean_cycle)).transpose(1, 2)
+        token_at = at[:, self.stride // 2 :: self.stride][:, :num_tokens, None].expand(-1, -1, around.shape[-1])
+        here = torch.relu(self.departure(departure)[..., :num_tokens]).transpose(1, 2)
+        known = clock.known[:, None, None].to(x.dtype)
+        return self.cycle_project(around.gather(1, token_at)) * known + self.project(here)
+
+
+class TemporalFeatures(nn.Module):
+    """All families, and a gate for each that opens and closes with the token.
+
+    The gates do not compete: in a softmax over the families the shallow ones, which learn first, starve the deep ones.
+    `forward` returns tokens (b, s, d) and each family's share of the gates (b, s, families).
+    """
+
+    def __init__(self, config: EcgMoeConfig) -> None:
+        super().__init__()
+        known = {
+            "conv": ConvFamily,
+            "ssm": SsmFamily,
+            "patch": PatchFamily,
+            "trend": TrendFamily,
+            "period": PeriodFamily,
+        }
+        self.families = nn.ModuleDict({name: known[name](config) for name in config.families})
+        self.norms = nn.ModuleDict({name: nn.LayerNorm(config.hidden_size) for name in config.families})
+        self.gate_weight = nn.Parameter(torch.empty(len(config.families), config.hidden_size))
+        self.gate_bias = nn.Parameter(torch.empty(len(config.families)))
+        self.clock = nn.Linear(CLOCK_FEATURES, config.hidden_size) if config.period_aware else None
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x: Tensor, token_mask: Tensor, sample_mask: Tensor, clock: CardiacClock, clock_features: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        more = {"period": (clock, sample_mask)}
+        seen = torch.stack(
+            [self.norms[name](family(x, token_mask, *more.get(name, ()))) for name, family in self.families.items()],
+            dim=2,
+        )
+        gates = 2.0 * torch.sigmoid((seen * self.gate_weight).sum(dim=-1) + self.gate_bias)
+        tokens = torch.matmul(gates.unsqueeze(2), seen).squeeze(2) / len(self.families)
+        if self.clock is not None:
+            tokens = tokens + self.clock(clock_features)
+        return self.dropout(self.norm(tokens)), gates / gates.sum(dim=-1, keepdim=True)

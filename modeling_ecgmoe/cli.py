@@ -1,0 +1,424 @@
+"""The command line. `ecgmoe predict` reads ECG files and answers every task for each of them.
+
+Nothing heavy is imported before the arguments are understood, so that `--help` and mistakes answer at once.
+"""
+
+import argparse
+import contextlib
+import csv
+import io
+import json
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from .adapters import AdapterCard, MultiTask
+
+EXIT_OK, EXIT_SOME_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 0, 1, 2, 130, 141
+MAX_SHOWN_LABELS = 6
+
+HELP_PREDICT = """\
+Answer every task for ECG files. Folders are walked; the header and the signal file of a WFDB record count once.
+
+Without --out the answers go to stdout: as a table where that is a terminal, one JSON object a line otherwise."""
+EPILOG_PREDICT = """\
+A JSON line holds record, path, status, sampling_rate, leads, duration_s, quality and tasks; a record that cannot be
+answered has status "error" and the reason in error, and the others go on.
+
+CSV columns: record, path, status, error, sampling_rate (Hz), leads (joined by ;), duration_s, and for each task
+  a regression      <task>, and <task>_low and <task>_high, the ends of its interval where it has one
+  a classification  <task>, the labels given (joined by ;), and <task>_<label>, the probability of each
+  either            <task>_evidence, where the adapter was not trained on real recordings
+
+Exit status: 0 all answered, 1 some records failed, 2 refused as asked, 130 interrupted.
+This is research software and not a medical device."""
+
+
+class CommandError(Exception):
+    """The command cannot be carried out as given. The message is one line: what is wrong, what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------- files of results
+
+
+class LineFormat(Protocol):
+    """A file of results: a head, then one line for each record."""
+
+    head: str
+
+    def dump(self, line: dict[str, Any]) -> str:
+        """The text of a record, with its end of line."""
+
+    def parse(self, texts: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The text of each record and what it says, from lines that `dump` wrote.
+
+        Raises:
+            ValueError: it did not write these, or it did for other tasks.
+        """
+
+
+class JsonLines:
+    """One JSON object a line, without NaN."""
+
+    head = ""
+
+    def __init__(self, cards: dict[str, "AdapterCard"]) -> None:
+        self.tasks = set(cards)
+
+    def dump(self, line: dict[str, Any]) -> str:
+        """See `LineFormat`."""
+        return json.dumps(line, allow_nan=False) + "\n"
+
+    def parse(self, texts: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """See `LineFormat`."""
+        for number, text in enumerate(texts, start=1):
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number} is not JSON") from error
+            if not (isinstance(line, dict) and {"path", "status"} <= set(line)):
+                raise ValueError(f"line {number} is not a result of ecgmoe predict")
+            answered = set(line.get("tasks", ()))
+            if line["status"] == "ok" and answered != self.tasks:
+                raise ValueError(
+                    f"line {number} answers {', '.join(sorted(answered))}; asked are {', '.join(sorted(self.tasks))}"
+                )
+            yield text, line
+
+
+class CsvTable:
+    """One row a record; `EPILOG_PREDICT` explains the columns."""
+
+    facts = ("record", "path", "status", "error", "sampling_rate", "leads", "duration_s")
+
+    def __init__(self, cards: dict[str, "AdapterCard"]) -> None:
+        self.columns = list(self.facts)
+        for name, card in cards.items():
+            ends = ("low", "high") if card.task.kind == "regression" else ()
+            evidence = ("evidence",) if card.evidence != "measured" else ()
+            self.columns += [name, *(f"{name}_{part}" for part in (*ends, *card.task.labels, *evidence))]
+        self.head = self._text(self.columns)
+
+    def dump(self, line: dict[str, Any]) -> str:
+        """See `LineFormat`."""
+        cells = {key: line[key] for key in self.facts if key in line}
+        cells |= {"leads": ";".join(line["leads"])} if "leads" in line else {}
+        for name, answer in line.get("tasks", {}).items():
+            cells[name] = answer["value"] if "value" in answer else ";".join(answer["labels"])
+            parts = dict(zip(("low", "high"), answer.get("interval", ()), strict=False))
+            parts |= answer.get("probabilities", {}) | {"evidence": answer.get("evidence", "")}
+            cells |= {f"{name}_{part}": value for part, value in parts.items()}
+        return self._text([cells.get(column, "") for column in self.columns])
+
+    def parse(self, texts: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """See `LineFormat`."""
+        rows = csv.reader(texts)
+        columns = next(rows, self.columns)
+        if columns != self.columns:
+            differing = sorted(set(columns) ^ set(self.columns)) or ["their order"]
+            raise ValueError(f"its columns are not those of the tasks asked ({', '.join(differing[:6])} differ)")
+        for row in rows:
+            if len(row) != len(columns):
+                raise ValueError(f"line {rows.line_num} has {len(row)} cells, the first {len(columns)}")
+            yield self._text(row), dict(zip(columns, row, strict=True))
+
+    @staticmethod
+    def _text(row: Sequence[Any]) -> str:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(row)
+        return text.getvalue()
+
+
+FORMATS: dict[str, type[JsonLines] | type[CsvTable]] = {".jsonl": JsonLines, ".csv": CsvTable}
+# A path that is not UTF-8 comes back as it was.
+TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+
+
+def check_out(out: Path, resume: bool) -> None:
+    """Refuse an output file that cannot be, or that would be lost.
+
+    Raises:
+        CommandError: the reason.
+    """
+    if out.suffix.lower() not in FORMATS:
+        raise CommandError(f"--out {out}: expected a file ending in {' or '.join(FORMATS)}")
+    if not out.parent.is_dir():
+        raise CommandError(f"--out {out}: there is no folder {out.parent}; make it first")
+    if out.is_dir():
+        raise CommandError(f"--out {out} is a folder; name a file")
+    if not resume and out.exists() and out.stat().st_size:
+        raise CommandError(f"--out {out} holds results already; add --resume to go on with it, or name another file")
+
+
+def resume_out(out: Path, form: LineFormat, paths: Iterable[Path]) -> set[str]:
+    """Make a file of results ready to be continued; returns the paths that it has answered.
+
+    A last line that was not written to its end is dropped, and so are the errors of records that are asked again.
+
+    Raises:
+        CommandError: the file does not hold results of the same tasks.
+    """
+    if not out.exists():
+        return set()
+    asked, done = {str(path) for path in paths}, set()
+    repaired = out.with_name(out.name + ".part")
+    try:
+        with out.open(**TEXT) as old, repaired.open("w", **TEXT) as new:
+            new.write(form.head)
+            for text, line in form.parse(text for text in old if text.endswith("\n")):
+                if line["status"] == "ok":
+                    done.add(line["path"])
+                if line["status"] == "ok" or line["path"] not in asked:
+                    new.write(text)
+        repaired.replace(out)
+    except ValueError as error:
+        raise CommandError(f"--out {out} cannot be resumed: {error}; name another file") from error
+    finally:
+        repaired.unlink(missing_ok=True)
+    return done
+
+
+# -------------------------------------------------------------------------------------------------- a table for people
+
+
+def show_record(line: dict[str, Any], cards: dict[str, "AdapterCard"]) -> str:
+    """A record as a few lines of text."""
+    if line["status"] != "ok":
+        return printable(f"{line['error']} ({line['path']})") + "\n"
+    leads, beats = " ".join(line["leads"]), line["quality"]["beats"]
+    rows = [
+        f"{line['record']}: {line['duration_s']:g} s at {line['sampling_rate']:g} Hz, {beats} beats, leads {leads}"
+    ]
+    width = max(map(len, cards), default=0)
+    for name, answer in line["tasks"].items():
+        shown = list(_show_answer(answer, cards[name]))
+        if "evidence" in answer:
+            shown[0] += f"  [evidence: {answer['evidence']}]"
+        rows += [f"  {'' if i else name:{width}}  {text}" for i, text in enumerate(shown)]
+    return "".join(printable(row) + "\n" for row in rows)
+
+
+def _show_answer(answer: dict[str, Any], card: "AdapterCard") -> Iterator[str]:
+    from .tasks import DESCRIPTIONS
+
+    if "value" in answer:
+        interval = answer.get("interval")
+        ends = f"  ({answer['level']:.0%}: {interval[0]:.0f} to {interval[1]:.0f})" if interval else ""
+        yield f"{answer['value']:.0f} {card.task.unit}{ends}"
+        return
+    probabilities = answer["probabilities"]
+    given = sorted(answer["labels"], key=lambda label: -probabilities[label])
+    if not given:
+        best = max(probabilities, key=lambda label: probabilities[label])
+        yield f"no label; the most probable is {best} {probabilities[best]:.2f}"
+    for label in given[:MAX_SHOWN_LABELS]:
+        yield f"{label} {probabilities[label]:.2f}  {DESCRIPTIONS.get(label, '')}".rstrip()
+    if len(given) > MAX_SHOWN_LABELS:
+        yield f"and {len(given) - MAX_SHOWN_LABELS} more"
+
+
+def printable(text: str) -> str:
+    """A stranger's text made fit for a terminal: what cannot be printed is escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+
+@dataclass
+class Output:
+    """Where lines go, whole and at once: a killed program leaves at most one half-written line."""
+
+    file: TextIO
+    name: str
+    dump: Callable[[dict[str, Any]], str]
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Write one record.
+
+        Raises:
+            CommandError: there is no room, or the file has gone.
+        """
+        try:
+            self.file.write(self.dump(line))
+            self.file.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise CommandError(
+                f"{self.name} cannot be written: {error.strerror}; mend that and add --resume"
+            ) from error
+
+
+def load_model(model: str | None, tasks: Sequence[str] | None) -> "MultiTask":
+    """The model and its adapters, without the chatter of the libraries.
+
+    Raises:
+        CommandError: there is no such model or adapter, or they do not fit together.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from safetensors import SafetensorError
+        from transformers.utils import logging
+
+        from .adapters import MultiTask, default_model
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            model = model or str(default_model())
+            many = MultiTask.from_pretrained(model, tasks)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise CommandError(" ".join(str(error).split())) from error
+    if not many.cards:
+        raise CommandError(f"no task adapters lie beside {model}; name some with --tasks")
+    return many
+
+
+def open_outputs(args: argparse.Namespace, many: "MultiTask", stack: contextlib.ExitStack) -> list[Output]:
+    """The file and the stdout that the arguments ask for."""
+    outputs = []
+    if args.out is not None:
+        form = FORMATS[args.out.suffix.lower()](many.cards)
+        file = stack.enter_context(args.out.open("a", **TEXT))
+        file.write("" if file.tell() else form.head)
+        outputs.append(Output(file, f"--out {args.out}", form.dump))
+    if wants_table(args):
+        outputs.append(Output(sys.stdout, "stdout", lambda line: show_record(line, many.cards)))
+    elif args.out is None:
+        outputs.append(Output(sys.stdout, "stdout", JsonLines(many.cards).dump))
+    return outputs
+
+
+def wants_table(args: argparse.Namespace) -> bool:
+    """Whether people read stdout."""
+    return args.table or (args.out is None and sys.stdout.isatty())
+
+
+def predict(args: argparse.Namespace) -> int:
+    """`ecgmoe predict`; returns the exit status."""
+    started = time.monotonic()
+    if not args.paths:
+        raise CommandError("name the files or folders to read; --leads takes every word after it, so put it last")
+    if args.resume and args.out is None:
+        raise CommandError("--resume needs the --out file of the run to go on with")
+    if args.out is not None:
+        check_out(args.out, args.resume)
+    from .ecg_files import find_ecgs
+    from .leads import LEADS, find_lead
+
+    leads = tuple(name for part in args.leads or () for name in part.split(",") if name)
+    if args.leads and not any(map(find_lead, leads)):
+        raise CommandError(f"--leads {' '.join(leads)}: none is one of the twelve leads {', '.join(LEADS)}")
+    paths = find_ecgs(args.paths)
+    if not paths:
+        raise CommandError(f"there is no ECG file in {', '.join(map(str, args.paths))}")
+    tasks = None if args.tasks is None else list(dict.fromkeys(filter(None, args.tasks.split(","))))
+    many = load_model(args.model, tasks)
+    from tqdm import tqdm
+
+    from .prediction import FileFacts, predict_records
+
+    num_failed = 0
+    with contextlib.ExitStack() as stack:
+        try:
+            if args.resume:
+                done = resume_out(args.out, FORMATS[args.out.suffix.lower()](many.cards), paths)
+                paths = [path for path in paths if str(path) not in done]
+            outputs = open_outputs(args, many, stack)
+        except OSError as error:
+            raise CommandError(f"--out {args.out} cannot be written: {error.strerror}") from error
+        facts = FileFacts(args.sampling_rate, leads or None, args.unit)
+        lines = stack.enter_context(contextlib.closing(predict_records(many, paths, facts, args.batch_size)))
+        # None: a bar on a terminal, nothing in a log.
+        for line in tqdm(lines, total=len(paths), unit=" records", disable=True if args.quiet else None):
+            with tqdm.external_write_mode():
+                for output in outputs:
+                    output.write(line)
+                if line["status"] != "ok":
+                    num_failed += 1
+                    if not (args.quiet or wants_table(args)):
+                        print("ecgmoe:", printable(f"{line['error']} ({line['path']})"), file=sys.stderr)
+    if not args.quiet:
+        count, seconds = f"{len(paths) - num_failed} of {len(paths)} records answered", time.monotonic() - started
+        print(f"ecgmoe: {count} in {seconds:.1f} s", file=sys.stderr)
+    return EXIT_SOME_FAILED if num_failed else EXIT_OK
+
+
+def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"expected a positive number, found {text}")
+        return value
+
+    parse.__name__ = "number"  # what argparse calls it where `kind` fails
+    return parse
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All arguments of `ecgmoe`."""
+    parser = argparse.ArgumentParser(prog="ecgmoe", description="ECG-MoE: clinical answers from ECG files.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser(
+        "predict",
+        help="answer every task for ECG files",
+        description=HELP_PREDICT,
+        epilog=EPILOG_PREDICT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=predict)
+    add = command.add_argument
+    add("paths", nargs="*", type=Path, metavar="PATH", help="ECG files, and folders of them")
+    add(
+        "--model",
+        metavar="DIR_OR_ID",
+        help="a folder, or an id on the Hugging Face Hub (default: hub/model of the sources)",
+    )
+    add("--tasks", metavar="A,B", help="names, folders or ids of task adapters (default: all of the model)")
+    add("--out", type=Path, metavar="FILE", help="write to FILE.jsonl or FILE.csv, a line as soon as it is known")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on with --out: skip the records that it answers, try the others again",
+    )
+    add("--table", action="store_true", help="print the answers as a table, whatever stdout is")
+    add("--sampling_rate", type=_positive(float), metavar="HZ", help="of files that do not give it")
+    add("--unit", choices=("V", "mV", "uV", "nV"), help="of files that do not give it")
+    add(
+        "--leads",
+        nargs="+",
+        metavar="NAME",
+        help="the channels of files that do not name them, in file order; of other files, the leads to use",
+    )
+    add("--batch_size", type=_positive(int), default=32, metavar="N", help="10-second windows at once (default: 32)")
+    add("--quiet", action="store_true", help="neither progress nor errors on stderr")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except CommandError as error:
+        print("ecgmoe:", printable(str(error)), file=sys.stderr)
+        return EXIT_REFUSED
+    except KeyboardInterrupt:
+        print("ecgmoe: interrupted; with --out, the same command and --resume goes on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read stdout has enough. Python flushes it again at exit, which must not fail a second time.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_BROKEN_PIPE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

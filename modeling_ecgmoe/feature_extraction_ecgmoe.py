@@ -1,0 +1,249 @@
+"""From a recording to the input of ECG-MoE. Saved beside the weights, so that preprocessing travels with them."""
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from scipy.fft import dct, irfft
+from transformers import BatchFeature
+from transformers.feature_extraction_utils import FeatureExtractionMixin
+
+from .beats import autocorrelation_period_s, find_r_peaks, mean_rr_s, rise, rr_intervals
+from .leads import LEADS, NUM_LEADS, arrange_leads
+
+MIN_SAMPLING_RATE = 50.0
+MAX_SAMPLING_RATE = 10_000.0
+FLAT_MV = 1e-3
+
+
+class EcgMoeFeatureExtractor(FeatureExtractionMixin):
+    r"""
+    Orders leads by name, derives limb leads, resamples and band-passes in one Fourier step, finds the beats, scales.
+
+    Args:
+        sampling_rate: Hz of the output.
+        window_s: the longest signal the model sees at once; `windows` splits longer recordings.
+        min_duration_s: shorter signals are refused.
+        high_pass_hz, low_pass_hz: (start, end) of the two raised-cosine edges of the pass band. The band ends below
+            the Nyquist frequency of the output, so that a recording gives the same input whatever rate it came at.
+        scale_mv: `input_values` are millivolts divided by this.
+        clip_mv: amplitudes beyond are cut.
+        max_beats: R peaks beyond are left out.
+    """
+
+    model_input_names = ["input_values", "lead_mask", "sample_mask", "r_peaks", "rr_intervals_s", "period_s"]
+
+    def __init__(
+        self,
+        sampling_rate: int = 100,
+        window_s: float = 10.0,
+        min_duration_s: float = 2.0,
+        high_pass_hz: Sequence[float] = (0.1, 0.4),
+        low_pass_hz: Sequence[float] = (38.0, 46.0),
+        scale_mv: float = 0.25,
+        clip_mv: float = 5.0,
+        max_beats: int = 50,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.sampling_rate = sampling_rate
+        self.window_s = window_s
+        self.min_duration_s = min_duration_s
+        self.high_pass_hz = list(high_pass_hz)
+        self.low_pass_hz = list(low_pass_hz)
+        self.scale_mv = scale_mv
+        self.clip_mv = clip_mv
+        self.max_beats = max_beats
+
+    @property
+    def window_samples(self) -> int:
+        """The longest output, in samples."""
+        return round(self.window_s * self.sampling_rate)
+
+    def __call__(
+        self,
+        signal: np.ndarray | Sequence[np.ndarray],
+        sampling_rate: float | Sequence[float] | None = None,
+        lead_names: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        return_tensors: str | None = None,
+    ) -> BatchFeature:
+        """Prepare one recording or a batch.
+
+        Args:
+            signal: float array (leads, samples) in mV, NaN where missing, or a list of such arrays.
+            sampling_rate: Hz; one number, or one for each recording. There is no default: a wrong rate gives wrong
+                answers without a word.
+            lead_names: the name of each row, for all recordings or for each.
+            return_tensors: "pt" or "np".
+
+        Returns:
+            - **input_values** float32 (B, 12, T), in units of `scale_mv`, 0 where missing, T at most `window_s` long.
+              Longer recordings are cut to their first window; see `windows`.
+            - **lead_mask** bool (B, 12), the leads that carry signal, read or derived.
+            - **sample_mask** bool (B, T), False on padding and where no lead has signal.
+            - **r_peaks** float32 (B, N), R peaks in samples of the output, -1 where there are no more.
+            - **rr_intervals_s** float32 (B, N), seconds since the beat before, 0 where unknown.
+            - **period_s** float32 (B,), the mean RR interval, by autocorrelation where no two beats were found, 0
+              where nothing repeats.
+            - **quality**, a list of dicts: `leads` read, `flat_leads`, `beats`, `period_from` (r_peaks,
+              autocorrelation or none), `clipped` and `missing` shares of the samples.
+
+        Raises:
+            ValueError: rate, names or shape are missing or contradict each other; the recording is too short, flat or
+                empty.
+        """
+        signals: list[np.ndarray] = [signal] if isinstance(signal, np.ndarray) and signal.ndim == 2 else list(signal)
+        if sampling_rate is None or lead_names is None:
+            raise ValueError(
+                "`sampling_rate` (Hz) and `lead_names` must be given with the signal: an ECG cannot be read without"
+            )
+        rates = _one_for_each(sampling_rate, len(signals), "sampling_rate", isinstance(sampling_rate, (int, float)))
+        names = _one_for_each(lead_names, len(signals), "lead_names", all(isinstance(n, str) for n in lead_names))
+        records = [self.extract(s, r, n) for s, r, n in zip(signals, rates, names, strict=True)]
+        return self.pad(records, return_tensors)
+
+    def extract(self, signal: np.ndarray, sampling_rate: float, lead_names: Sequence[str]) -> dict[str, Any]:
+        """One recording, before padding: the entries of `__call__` without their batch axis."""
+        duration_s = self.check(signal, sampling_rate)
+        if duration_s > self.window_s:
+            signal = signal[:, : round(self.window_s * sampling_rate)]
+        arranged, used = arrange_leads(signal, lead_names)
+        known = np.isfinite(arranged)
+        missing_share = 1.0 - float(known[known.any(axis=1)].mean())
+        flat = [LEADS[i] for i in range(NUM_LEADS) if known[i].any() and np.ptp(arranged[i][known[i]]) < FLAT_MV]
+        lead_mask = known.any(axis=1) & ~np.isin(LEADS, flat)
+        if not lead_mask.any():
+            raise ValueError(f"all leads are flat ({', '.join(flat)}); is an electrode connected, is the gain right?")
+        values_mv, sample_known = self.resample(arranged, known, sampling_rate)
+        clipped = np.abs(values_mv) > self.clip_mv
+        values_mv = np.clip(values_mv, -self.clip_mv, self.clip_mv) * (sample_known & lead_mask[:, None])
+        peaks_s = find_r_peaks(values_mv[lead_mask], self.sampling_rate)[: self.max_beats]
+        period_s, source = mean_rr_s(peaks_s), "r_peaks"
+        if not math.isfinite(period_s):
+            period_s, source = autocorrelation_period_s(values_mv[lead_mask], self.sampling_rate), "autocorrelation"
+        if not math.isfinite(period_s):
+            period_s, source = 0.0, "none"
+        rr_s = np.nan_to_num(np.concatenate([[np.nan], rr_intervals(peaks_s)])) if len(peaks_s) else np.empty(0)
+        return {
+            "input_values": (values_mv / self.scale_mv).astype(np.float32),
+            "lead_mask": lead_mask,
+            "sample_mask": (sample_known & lead_mask[:, None]).any(axis=0),
+            "r_peaks": (peaks_s * self.sampling_rate).astype(np.float32),
+            "rr_intervals_s": rr_s.astype(np.float32),
+            "period_s": np.float32(period_s),
+            "quality": {
+                "leads": used,
+                "flat_leads": flat,
+                "beats": len(peaks_s),
+                "period_from": source,
+                "clipped": round(float(clipped.mean()), 4),
+                "missing": round(missing_share, 4),
+            },
+        }
+
+    def check(self, signal: np.ndarray, sampling_rate: float) -> float:
+        """Refuse what cannot be an ECG; returns the duration in seconds."""
+        if not (MIN_SAMPLING_RATE <= sampling_rate <= MAX_SAMPLING_RATE):
+            raise ValueError(
+                f"a sampling rate of {sampling_rate:g} Hz is not plausible for an ECG; expected "
+                f"{MIN_SAMPLING_RATE:g} to {MAX_SAMPLING_RATE:g} Hz, pass the right one"
+            )
+        if signal.ndim != 2:
+            raise ValueError(f"`signal` must have shape (leads, samples), found {signal.shape}")
+        duration_s = signal.shape[1] / sampling_rate
+        if duration_s < self.min_duration_s:
+            raise ValueError(
+                f"the recording is {duration_s:.2f} s long ({signal.shape[1]} samples at {sampling_rate:g} Hz), "
+                f"shorter than the {self.min_duration_s:g} s the model needs; pass a longer one"
+            )
+        return duration_s
+
+    def windows(self, signal: np.ndarray, sampling_rate: float) -> list[np.ndarray]:
+        """Cut a recording of (leads, samples) into windows of `window_s` that cover it; the last two may overlap."""
+        length = round(self.window_s * sampling_rate)
+        if signal.shape[1] <= length:
+            return [signal]
+        starts = list(range(0, signal.shape[1] - length + 1, length))
+        if signal.shape[1] - (starts[-1] + length) >= self.min_duration_s * sampling_rate:
+            starts.append(signal.shape[1] - length)
+        return [signal[:, start : start + length] for start in starts]
+
+    def resample(self, arranged: np.ndarray, known: np.ndarray, sampling_rate: float) -> tuple[np.ndarray, np.ndarray]:
+        """Band-pass and resample (12, samples) in one Fourier step; returns mV and what is known of it, (12, T)."""
+        samples_in = arranged.shape[1]
+        samples_out = min(max(1, round(samples_in * self.sampling_rate / sampling_rate)), self.window_samples)
+        rows = known.any(axis=1)
+        filled = arranged[rows] if known[rows].all() else _interpolate(arranged[rows], known[rows])
+        length_in, length_out = _transform_lengths(samples_in, float(sampling_rate), self.sampling_rate)
+        mirrored = np.concatenate(
+            [filled, filled[:, samples_in - 1 - (length_in - samples_in) : samples_in - 1][:, ::-1]], axis=1
+        )
+        cosines = dct(mirrored, axis=-1)[:, : length_out + 1]
+        frequency_hz = np.arange(cosines.shape[1]) * (0.5 * sampling_rate / length_in)
+        gain = rise(frequency_hz, *self.high_pass_hz) * (1.0 - rise(frequency_hz, *self.low_pass_hz))
+        # The cosine transform counts time from half a sample before the first; a phase moves the output back to it.
+        phase = np.exp(1j * np.pi * frequency_hz / sampling_rate)
+        spectrum = cosines * (gain * phase * (length_out / length_in)).astype(np.complex64)
+        out = np.zeros((NUM_LEADS, samples_out), dtype=np.float32)
+        out[rows] = irfft(spectrum, n=2 * length_out, axis=-1)[:, :samples_out]
+        source = np.minimum(
+            (np.arange(samples_out) * (sampling_rate / self.sampling_rate)).round().astype(int), samples_in - 1
+        )
+        return out, known[:, source]
+
+    def pad(self, records: Sequence[dict[str, Any]], return_tensors: str | None = None) -> BatchFeature:
+        """Join extracted recordings into a batch of the longest one's length and beats."""
+        length = max(record["input_values"].shape[1] for record in records)
+        beats = max(1, max(len(record["r_peaks"]) for record in records))
+        batch = {
+            "input_values": np.zeros((len(records), NUM_LEADS, length), np.float32),
+            "lead_mask": np.stack([record["lead_mask"] for record in records]),
+            "sample_mask": np.zeros((len(records), length), bool),
+            "r_peaks": np.full((len(records), beats), -1.0, np.float32),
+            "rr_intervals_s": np.zeros((len(records), beats), np.float32),
+            "period_s": np.array([record["period_s"] for record in records], np.float32),
+        }
+        for row, record in enumerate(records):
+            batch["input_values"][row, :, : record["input_values"].shape[1]] = record["input_values"]
+            batch["sample_mask"][row, : len(record["sample_mask"])] = record["sample_mask"]
+            batch["r_peaks"][row, : len(record["r_peaks"])] = record["r_peaks"]
+            batch["rr_intervals_s"][row, : len(record["r_peaks"])] = record["rr_intervals_s"]
+        features = BatchFeature(batch, tensor_type=return_tensors)
+        features["quality"] = [record["quality"] for record in records]
+        return features
+
+
+def _one_for_each(value: Any, count: int, name: str, shared: bool) -> list[Any]:
+    values = [value] * count if shared else list(value)
+    if len(values) != count:
+        raise ValueError(f"{count} signals but {len(values)} {name}; pass one for all, or one for each")
+    return values
+
+
+def _interpolate(signal: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Bridge gaps by straight lines, so that the filter does not ring; the mask still tells where they are."""
+    filled = signal.copy()
+    grid = np.arange(signal.shape[1])
+    for row, here in zip(filled, known, strict=True):
+        row[~here] = np.interp(grid[~here], grid[here], row[here])
+    return filled
+
+
+@lru_cache(maxsize=64)
+def _transform_lengths(samples: int, rate_in: float, rate_out: int) -> tuple[int, int]:
+    """Lengths (in, out) of the transforms: at least `samples`, and as near to the rates' exact ratio as it gets."""
+    candidates = range(samples, samples + min(samples // 2, math.ceil(rate_in)))
+
+    def drift(length_in: int) -> float:
+        length_out = round(length_in * rate_out / rate_in)
+        return round(abs(length_out * rate_in / (length_in * rate_out) - 1.0), 7)
+
+    best = min(candidates, key=drift)
+    return best, round(best * rate_out / rate_in)
+
+
+EcgMoeFeatureExtractor.register_for_auto_class()
+
+__all__ = ["EcgMoeFeatureExtractor"]

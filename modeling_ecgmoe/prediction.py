@@ -1,0 +1,168 @@
+"""From ECG files to output lines: what the command line, the pipeline and the Space share.
+
+A line is the JSON object of one record: record, path, status, sampling_rate, leads, duration_s, quality and tasks, or
+record, path, status "error" and error.
+"""
+
+import json
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .adapters import MultiTask, Prepared
+from .ecg_files import Ecg, EcgFileError, read_ecg
+from .leads import find_lead
+
+BATCH_SIZE = 32
+NUM_READERS = 2
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What the caller knows about files that do not say it themselves.
+
+    Args:
+        sampling_rate: in Hz.
+        leads: the channels of a file that does not name them, in file order; of one that does, the leads to use.
+        unit: "V", "mV", "uV" or "nV".
+    """
+
+    sampling_rate: float | None = None
+    leads: tuple[str, ...] | None = None
+    unit: str | None = None
+
+
+@dataclass
+class LoadedRecord:
+    """A record on its way: its line as far as known, and what the model needs, None where it was refused."""
+
+    line: dict[str, Any]
+    prepared: Prepared | None = None
+
+    @property
+    def num_windows(self) -> int:
+        """How many windows the model has to see."""
+        return 0 if self.prepared is None else len(self.prepared.windows)
+
+
+def read_record(path: Path, facts: FileFacts) -> Ecg:
+    """Read a file, and of it the leads that the caller asks for.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read, or lacks a fact or a lead; one line.
+    """
+    try:
+        ecg = read_ecg(path, sampling_rate=facts.sampling_rate, unit=facts.unit)
+    except EcgFileError as error:
+        # Where it is the names that the file does not say, `leads` are these names and not a choice among them.
+        if facts.leads is None or "--leads" not in str(error):
+            raise
+        return read_ecg(path, sampling_rate=facts.sampling_rate, lead_names=facts.leads, unit=facts.unit)
+    if facts.leads is None:
+        return ecg
+    wanted = {find_lead(name): name for name in facts.leads}
+    rows = [row for row, name in enumerate(ecg.lead_names) if find_lead(name) in wanted and find_lead(name)]
+    missing = set(wanted) - {find_lead(ecg.lead_names[row]) for row in rows}
+    if missing:
+        names = ", ".join(wanted[lead] for lead in wanted if lead in missing)
+        raise ValueError(f"it has no lead {names}, its leads are {', '.join(ecg.lead_names)}; choose among them")
+    return Ecg(ecg.signal[rows], ecg.sampling_rate, tuple(ecg.lead_names[row] for row in rows))
+
+
+def load_record(many: MultiTask, path: Path, facts: FileFacts) -> LoadedRecord:
+    """Read a file and make it ready for the model. What goes wrong becomes the record's line and is not raised."""
+    line: dict[str, Any] = {"record": path.stem, "path": str(path), "status": "ok"}
+    try:
+        ecg = read_record(path, facts)
+        prepared = many.prepare(ecg.signal, ecg.sampling_rate, ecg.lead_names)
+    except FileNotFoundError as error:
+        return _refused(line, f"{error}; check the path")
+    except ValueError as error:
+        return _refused(line, str(error))
+    except Exception as error:  # noqa: BLE001  whatever one file of an archive stumbles over, the others go on
+        return _refused(line, f"{type(error).__name__}: {error}; leave it out, and report it if the file is sound")
+    rate = ecg.sampling_rate
+    line |= {
+        "sampling_rate": int(rate) if float(rate).is_integer() else rate,
+        "leads": prepared.leads,
+        "duration_s": round(ecg.duration_s, 3),
+        "quality": prepared.quality,
+    }
+    return LoadedRecord(line, prepared)
+
+
+def _refused(line: dict[str, Any], reason: str) -> LoadedRecord:
+    message = " ".join(f"{line['record']}: {reason}".split())
+    return LoadedRecord({"record": line["record"], "path": line["path"], "status": "error", "error": message})
+
+
+def answer_records(many: MultiTask, records: Sequence[LoadedRecord], batch_size: int) -> list[dict[str, Any]]:
+    """The finished lines of records, in their order, from batches of at most `batch_size` windows.
+
+    Only windows of one length share a batch: padding would let the longest of them move the answers of the others.
+    """
+    by_length: dict[int, list[tuple[int, Prepared]]] = {}
+    for index, record in enumerate(records):
+        if record.prepared is not None:
+            length = record.prepared.windows[0]["input_values"].shape[1]
+            by_length.setdefault(length, []).append((index, record.prepared))
+    lines = [record.line for record in records]
+    for alike in by_length.values():
+        answers = many.answer([prepared for _, prepared in alike], batch_size)
+        for (index, _), tasks in zip(alike, answers, strict=True):
+            lines[index] = _finished(lines[index], tasks)
+    return lines
+
+
+def _finished(line: dict[str, Any], tasks: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(tasks, allow_nan=False)
+    except ValueError:
+        return _refused(line, "the model gives no finite answer; leave it out, and report it").line
+    return line | {"tasks": tasks}
+
+
+def predict_record(
+    many: MultiTask, path: Path, facts: FileFacts | None = None
+) -> tuple[dict[str, Any], Prepared | None]:
+    """The line of one file, and what the model saw of it, None where the file was refused."""
+    record = load_record(many, path, facts or FileFacts())
+    return answer_records(many, [record], BATCH_SIZE)[0], record.prepared
+
+
+def predict_records(
+    many: MultiTask, paths: Iterable[Path], facts: FileFacts | None = None, batch_size: int = BATCH_SIZE
+) -> Generator[dict[str, Any], None, None]:
+    """The lines of many files, in their order.
+
+    Threads read ahead while the model works, and stop where what is ready fills two batches: memory does not grow with
+    the number of files.
+    """
+    waiting = iter(paths)
+    pending: deque[Future[LoadedRecord]] = deque()
+    batch: list[LoadedRecord] = []
+    pool = ThreadPoolExecutor(NUM_READERS, thread_name_prefix="read-ecg")
+
+    def read_ahead() -> None:
+        ready = sum(future.result().num_windows for future in pending if future.done())
+        while len(pending) < 2 * batch_size and ready < 2 * batch_size:
+            path = next(waiting, None)
+            if path is None:
+                return
+            pending.append(pool.submit(load_record, many, path, facts or FileFacts()))
+
+    try:
+        read_ahead()
+        while pending:
+            batch.append(pending.popleft().result())
+            read_ahead()
+            if len(batch) >= batch_size or sum(record.num_windows for record in batch) >= batch_size:
+                yield from answer_records(many, batch, batch_size)
+                batch = []
+        yield from answer_records(many, batch, batch_size)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,312 @@
+"""The task table: everything the project knows about a clinical question, in one place.
+
+Heads, losses, metrics, LoRA adapters, cards and menus read this table; nothing else branches on a task's name. A task
+made by a user is the same `Task`, read from a JSON file.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Statement(NamedTuple):
+    """One SCP-ECG statement of PTB-XL (`scp_statements.csv`, v1.0.3)."""
+
+    code: str
+    description: str
+    groups: str
+    superclass: str
+
+
+STATEMENTS = (
+    Statement("NDT", "non-diagnostic T abnormalities", "diagnostic+form", "STTC"),
+    Statement("NST_", "non-specific ST changes", "diagnostic+form", "STTC"),
+    Statement("DIG", "digitalis-effect", "diagnostic+form", "STTC"),
+    Statement("LNGQT", "long QT-interval", "diagnostic+form", "STTC"),
+    Statement("NORM", "normal ECG", "diagnostic", "NORM"),
+    Statement("IMI", "inferior myocardial infarction", "diagnostic", "MI"),
+    Statement("ASMI", "anteroseptal myocardial infarction", "diagnostic", "MI"),
+    Statement("LVH", "left ventricular hypertrophy", "diagnostic", "HYP"),
+    Statement("LAFB", "left anterior fascicular block", "diagnostic", "CD"),
+    Statement("ISC_", "non-specific ischemic", "diagnostic", "STTC"),
+    Statement("IRBBB", "incomplete right bundle branch block", "diagnostic", "CD"),
+    Statement("1AVB", "first degree AV block", "diagnostic", "CD"),
+    Statement("IVCD", "non-specific intraventricular conduction disturbance (block)", "diagnostic", "CD"),
+    Statement("ISCAL", "ischemic in anterolateral leads", "diagnostic", "STTC"),
+    Statement("CRBBB", "complete right bundle branch block", "diagnostic", "CD"),
+    Statement("CLBBB", "complete left bundle branch block", "diagnostic", "CD"),
+    Statement("ILMI", "inferolateral myocardial infarction", "diagnostic", "MI"),
+    Statement("LAO/LAE", "left atrial overload/enlargement", "diagnostic", "HYP"),
+    Statement("AMI", "anterior myocardial infarction", "diagnostic", "MI"),
+    Statement("ALMI", "anterolateral myocardial infarction", "diagnostic", "MI"),
+    Statement("ISCIN", "ischemic in inferior leads", "diagnostic", "STTC"),
+    Statement("INJAS", "subendocardial injury in anteroseptal leads", "diagnostic", "MI"),
+    Statement("LMI", "lateral myocardial infarction", "diagnostic", "MI"),
+    Statement("ISCIL", "ischemic in inferolateral leads", "diagnostic", "STTC"),
+    Statement("LPFB", "left posterior fascicular block", "diagnostic", "CD"),
+    Statement("ISCAS", "ischemic in anteroseptal leads", "diagnostic", "STTC"),
+    Statement("INJAL", "subendocardial injury in anterolateral leads", "diagnostic", "MI"),
+    Statement("ISCLA", "ischemic in lateral leads", "diagnostic", "STTC"),
+    Statement("RVH", "right ventricular hypertrophy", "diagnostic", "HYP"),
+    Statement("ANEUR", "ST-T changes compatible with ventricular aneurysm", "diagnostic", "STTC"),
+    Statement("RAO/RAE", "right atrial overload/enlargement", "diagnostic", "HYP"),
+    Statement("EL", "electrolytic disturbance or drug (former EDIS)", "diagnostic", "STTC"),
+    Statement("WPW", "Wolf-Parkinson-White syndrome", "diagnostic", "CD"),
+    Statement("ILBBB", "incomplete left bundle branch block", "diagnostic", "CD"),
+    Statement("IPLMI", "inferoposterolateral myocardial infarction", "diagnostic", "MI"),
+    Statement("ISCAN", "ischemic in anterior leads", "diagnostic", "STTC"),
+    Statement("IPMI", "inferoposterior myocardial infarction", "diagnostic", "MI"),
+    Statement("SEHYP", "septal hypertrophy", "diagnostic", "HYP"),
+    Statement("INJIN", "subendocardial injury in inferior leads", "diagnostic", "MI"),
+    Statement("INJLA", "subendocardial injury in lateral leads", "diagnostic", "MI"),
+    Statement("PMI", "posterior myocardial infarction", "diagnostic", "MI"),
+    Statement("3AVB", "third degree AV block", "diagnostic", "CD"),
+    Statement("INJIL", "subendocardial injury in inferolateral leads", "diagnostic", "MI"),
+    Statement("2AVB", "second degree AV block", "diagnostic", "CD"),
+    Statement("ABQRS", "abnormal QRS", "form", ""),
+    Statement("PVC", "ventricular premature complex", "form", ""),
+    Statement("STD_", "non-specific ST depression", "form", ""),
+    Statement("VCLVH", "voltage criteria (QRS) for left ventricular hypertrophy", "form", ""),
+    Statement("QWAVE", "Q waves present", "form", ""),
+    Statement("LOWT", "low amplitude T-waves", "form", ""),
+    Statement("NT_", "non-specific T-wave changes", "form", ""),
+    Statement("PAC", "atrial premature complex", "form", ""),
+    Statement("LPR", "prolonged PR interval", "form", ""),
+    Statement("INVT", "inverted T-waves", "form", ""),
+    Statement("LVOLT", "low QRS voltages in the frontal and horizontal leads", "form", ""),
+    Statement("HVOLT", "high QRS voltage", "form", ""),
+    Statement("TAB_", "T-wave abnormality", "form", ""),
+    Statement("STE_", "non-specific ST elevation", "form", ""),
+    Statement("PRC(S)", "premature complex(es)", "form", ""),
+    Statement("SR", "sinus rhythm", "rhythm", ""),
+    Statement("AFIB", "atrial fibrillation", "rhythm", ""),
+    Statement("STACH", "sinus tachycardia", "rhythm", ""),
+    Statement("SARRH", "sinus arrhythmia", "rhythm", ""),
+    Statement("SBRAD", "sinus bradycardia", "rhythm", ""),
+    Statement("PACE", "normal functioning artificial pacemaker", "rhythm", ""),
+    Statement("SVARR", "supraventricular arrhythmia", "rhythm", ""),
+    Statement("BIGU", "bigeminal pattern (unknown origin, SV or Ventricular)", "rhythm", ""),
+    Statement("AFLT", "atrial flutter", "rhythm", ""),
+    Statement("SVTAC", "supraventricular tachycardia", "rhythm", ""),
+    Statement("PSVT", "paroxysmal supraventricular tachycardia", "rhythm", ""),
+    Statement("TRIGU", "trigeminal pattern (unknown origin, SV or Ventricular)", "rhythm", ""),
+)
+SUPERCLASSES = ("NORM", "MI", "STTC", "CD", "HYP")
+RHYTHM_STATEMENTS = tuple(s.code for s in STATEMENTS if "rhythm" in s.groups)
+DIAGNOSTIC_STATEMENTS = tuple(s.code for s in STATEMENTS if "diagnostic" in s.groups)
+FORM_STATEMENTS = tuple(s.code for s in STATEMENTS if "form" in s.groups)
+SUPERCLASS_OF = {s.code: s.superclass for s in STATEMENTS if s.superclass}
+DESCRIPTIONS = {s.code: s.description for s in STATEMENTS}
+
+KINDS = ("regression", "binary", "multi_class", "multi_label")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A clinical question that a head of the model answers.
+
+    Args:
+        name: the adapter's name; the head is `head_<name>`.
+        kind: one of `KINDS`. A binary task has two labels and one output, the probability of the second label.
+        description: one line for cards and menus.
+        column: the dataset column that holds the truth: a number (regression), a label or its index (binary,
+            multi_class), a list of labels (multi_label); None or NaN where it is not known.
+        labels: the names of the classes, in the order of the outputs; empty for a regression.
+        unit: the unit of a regression.
+        center, spread: a regression is learned as (value - center) / spread.
+        metric: the main metric, a key of `metrics.METRICS`.
+        prior: a measurement of the feature extractor that a regression starts from, "rr_interval_ms" or "".
+        loss_weight: the weight of the task in joint training.
+    """
+
+    name: str
+    kind: str
+    description: str
+    column: str
+    labels: tuple[str, ...] = ()
+    unit: str = ""
+    center: float = 0.0
+    spread: float = 1.0
+    metric: str = "macro_auroc"
+    prior: str = ""
+    loss_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", tuple(self.labels))
+        if not self.name.isidentifier():
+            raise ValueError(f"a task's name must be letters, digits and underscores, found {self.name!r}")
+        if self.kind not in KINDS:
+            raise ValueError(f"task {self.name}: kind must be one of {', '.join(KINDS)}, found {self.kind!r}")
+        if self.kind == "regression" and self.labels:
+            raise ValueError(f"task {self.name}: a regression has a unit and no labels, found {self.labels}")
+        if self.kind != "regression" and len(self.labels) < 1 + (self.kind in ("binary", "multi_class")):
+            raise ValueError(f"task {self.name}: a {self.kind} task needs its labels, found {self.labels}")
+        if self.kind == "binary" and len(self.labels) != 2:
+            raise ValueError(f"task {self.name}: a binary task has two labels, found {self.labels}")
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError(f"task {self.name}: a label occurs twice in {self.labels}")
+        if not self.spread > 0:
+            raise ValueError(f"task {self.name}: spread must be positive, found {self.spread}")
+
+    @property
+    def num_outputs(self) -> int:
+        """How many numbers the head gives."""
+        return len(self.labels) if self.kind in ("multi_label", "multi_class") else 1
+
+    def targets(self, values: Sequence[Any]) -> np.ndarray:
+        """The truth of many records as numbers.
+
+        Args:
+            values: a dataset column, see `column`.
+
+        Returns:
+            float32 (records, outputs), NaN where unknown; a multi-class target is its one-hot row.
+
+        Raises:
+            ValueError: a label is not one of the task's.
+        """
+        targets = np.full((len(values), self.num_outputs), np.nan, dtype=np.float32)
+        for row, value in zip(targets, values, strict=True):
+            if value is None or (isinstance(value, (float, np.floating)) and math.isnan(value)):
+                continue
+            if self.kind == "regression":
+                row[0] = value
+            elif self.kind == "binary":
+                row[0] = self._index(value)
+            else:
+                row[:] = 0.0
+                for label in [value] if self.kind == "multi_class" else value:
+                    row[self._index(label)] = 1.0
+        return targets
+
+    def answers(self, logits: np.ndarray) -> np.ndarray:
+        """What a head's outputs (records, outputs) mean: values in the task's unit, or probabilities."""
+        logits = np.asarray(logits, dtype=np.float64)
+        if self.kind == "regression":
+            return logits * self.spread + self.center
+        if self.kind == "multi_class":
+            shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
+            return shifted / shifted.sum(axis=-1, keepdims=True)
+        return 1.0 / (1.0 + np.exp(-logits))
+
+    def _index(self, label: Any) -> int:
+        if isinstance(label, (int, np.integer)) and 0 <= label < len(self.labels):
+            return int(label)
+        if label in self.labels:
+            return self.labels.index(label)
+        raise ValueError(f"task {self.name}: label {label!r} is not one of {', '.join(self.labels)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The task as plain JSON types."""
+        return asdict(self) | {"labels": list(self.labels)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Task":
+        """The task that `to_dict` wrote. Unknown keys are refused.
+
+        Raises:
+            ValueError: a key is unknown or missing, or a value is refused by the task.
+        """
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"unknown task fields {', '.join(unknown)}; known are {', '.join(known)}")
+        missing = [name for name in ("name", "kind", "description", "column") if name not in values]
+        if missing:
+            raise ValueError(f"a task needs {', '.join(missing)}; found {', '.join(sorted(values))}")
+        return cls(**values)
+
+    @classmethod
+    def from_json_file(cls, path: str | Path) -> "Task":
+        """Read a user's task."""
+        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            name="rr_interval",
+            kind="regression",
+            description="mean interval between heart beats",
+            column="rr_interval_ms",
+            unit="ms",
+            center=850.0,
+            spread=200.0,
+            metric="mae",
+            prior="rr_interval_ms",
+            loss_weight=0.2,
+        ),
+        Task(
+            name="age",
+            kind="regression",
+            description="age at the time of the recording",
+            column="age",
+            unit="years",
+            center=60.0,
+            spread=17.0,
+            metric="mae",
+        ),
+        Task(
+            name="sex",
+            kind="binary",
+            description="sex",
+            column="sex",
+            labels=("male", "female"),
+        ),
+        Task(
+            name="potassium",
+            kind="multi_label",
+            description="abnormal serum potassium",
+            column="potassium",
+            labels=("hypokalaemia", "hyperkalaemia"),
+        ),
+        Task(
+            name="arrhythmia",
+            kind="multi_label",
+            description="the rhythm of the heart, as 12 SCP-ECG rhythm statements",
+            column="arrhythmia",
+            labels=RHYTHM_STATEMENTS,
+            loss_weight=2.0,
+        ),
+        Task(
+            name="statements",
+            kind="multi_label",
+            description="all 71 SCP-ECG statements of PTB-XL",
+            column="statements",
+            labels=tuple(s.code for s in STATEMENTS),
+            loss_weight=10.0,
+        ),
+        Task(
+            name="superclass",
+            kind="multi_label",
+            description="normal ECG, infarction, ST/T change, conduction disturbance, hypertrophy",
+            column="superclass",
+            labels=SUPERCLASSES,
+        ),
+        Task(
+            name="quality",
+            kind="multi_label",
+            description="remarks on the recording: baseline drift, static noise, burst noise, electrode problems",
+            column="quality",
+            labels=("baseline_drift", "static_noise", "burst_noise", "electrodes_problems"),
+            loss_weight=0.5,
+        ),
+    )
+}
+
+
+def find_task(name: str) -> Task:
+    """The task of that name.
+
+    Raises:
+        ValueError: there is none; the message lists the known ones.
+    """
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}; known tasks are {', '.join(TASKS)}, or pass a task's JSON file")
+    return TASKS[name]

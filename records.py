@@ -1,0 +1,285 @@
+"""Recordings in memory for training: prepared once, cropped and disturbed anew in every step, or encoded."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data_builders.ptb_xl import PtbXl
+from data_builders.rr_consensus import add_rr_interval
+from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
+from modeling_ecgmoe.leads import NUM_LEADS, find_lead
+from modeling_ecgmoe.modeling_ecgmoe import EcgMoeEncoderOutput, EcgMoeForTasks
+from modeling_ecgmoe.tasks import Task
+
+BUILDERS = {"ptb_xl": PtbXl}
+SIGNAL_KEYS = ("input_values", "lead_mask", "sample_mask", "r_peaks", "rr_intervals_s", "period_s")
+
+
+@dataclass
+class DataArguments:
+    """Where the recordings come from."""
+
+    data_dir: str = field(default="", metadata={"help": "folder of the data set as its publisher ships it"})
+    dataset: str = field(default="ptb_xl", metadata={"help": f"builder: {', '.join(BUILDERS)}"})
+    config_name: str = field(default="100hz", metadata={"help": "configuration of the builder"})
+    cache_dir: str | None = field(default=None, metadata={"help": "where built data sets are kept"})
+    num_proc: int = field(default=2, metadata={"help": "processes that read and prepare recordings"})
+    max_records: int | None = field(default=None, metadata={"help": "use only the first records of each split"})
+
+
+class Records(Dataset):
+    """Prepared recordings of one split in memory, with the targets of all tasks.
+
+    Args:
+        rows: rows of a builder.
+        extractor: makes the model's input.
+        tasks: whose targets are wanted; tasks whose column the rows lack are left out.
+        num_proc: processes that prepare.
+        leads: see only these leads of each recording, all where not given.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        extractor: EcgMoeFeatureExtractor,
+        tasks: list[Task],
+        num_proc: int = 1,
+        leads: Sequence[str] | None = None,
+    ) -> None:
+        prepared = rows.with_format("numpy").map(
+            _prepare,
+            fn_kwargs={"settings": extractor.to_dict(), "leads": leads},
+            remove_columns=rows.column_names,
+            features=_prepared_features(extractor),
+            num_proc=num_proc if len(rows) > 1000 else None,
+            desc="features",
+        )
+        self.signal = {name: _stack(prepared, name) for name in SIGNAL_KEYS}
+        plain = rows.with_format(None)
+        self.labels = {
+            task.name: torch.from_numpy(task.targets(plain[task.column][:]))
+            for task in tasks
+            if task.column in rows.column_names
+        }
+        self.record_ids = plain["record_id"][:]
+        self.patient_ids = plain["patient_id"][:]
+
+    def __len__(self) -> int:
+        return len(self.record_ids)
+
+    def __getitems__(self, index: list[int]) -> dict[str, Any]:
+        at = torch.tensor(index)
+        signal = {name: values[at] for name, values in self.signal.items()}
+        signal["input_values"] = signal["input_values"].float()
+        beats = max(1, int((signal["r_peaks"] >= 0).sum(dim=1).max()))
+        for name in ("r_peaks", "rr_intervals_s"):
+            signal[name] = signal[name][:, :beats]
+        return {"signal": signal, "labels": {name: values[at] for name, values in self.labels.items()}, "index": at}
+
+
+def _prepare(row: dict[str, Any], settings: dict[str, Any], leads: Sequence[str] | None) -> dict[str, Any]:
+    extractor = EcgMoeFeatureExtractor(**settings)
+    signal, names = np.asarray(row["signal"]), [str(name) for name in row["lead_names"]]
+    if leads is not None:
+        kept = [i for i, name in enumerate(names) if find_lead(name) in leads]
+        signal, names = signal[kept], [names[i] for i in kept]
+    record = extractor.extract(signal, float(row["sampling_rate"]), names)
+    beats = np.full(extractor.max_beats, -1.0, np.float32)
+    beats[: len(record["r_peaks"])] = record["r_peaks"]
+    intervals = np.zeros(extractor.max_beats, np.float32)
+    intervals[: len(record["r_peaks"])] = record["rr_intervals_s"]
+    values = np.zeros((NUM_LEADS, extractor.window_samples), np.float16)
+    values[:, : record["input_values"].shape[1]] = record["input_values"]
+    mask = np.zeros(extractor.window_samples, bool)
+    mask[: len(record["sample_mask"])] = record["sample_mask"]
+    rest = {"lead_mask": record["lead_mask"], "period_s": record["period_s"]}
+    return rest | {"input_values": values, "sample_mask": mask, "r_peaks": beats, "rr_intervals_s": intervals}
+
+
+def _prepared_features(extractor: EcgMoeFeatureExtractor) -> datasets.Features:
+    def row(kind: str, length: int) -> datasets.List:
+        return datasets.List(datasets.Value(kind), length=length)
+
+    return datasets.Features(
+        {
+            "input_values": datasets.Array2D((NUM_LEADS, extractor.window_samples), "float16"),
+            "lead_mask": row("bool", NUM_LEADS),
+            "sample_mask": row("bool", extractor.window_samples),
+            "r_peaks": row("float32", extractor.max_beats),
+            "rr_intervals_s": row("float32", extractor.max_beats),
+            "period_s": datasets.Value("float32"),
+        }
+    )
+
+
+def _stack(prepared: datasets.Dataset, name: str, chunk: int = 2000) -> Tensor:
+    column = prepared.select_columns([name]).with_format("numpy")
+    parts = [np.asarray(column[i : i + chunk][name]) for i in range(0, len(column), chunk)]
+    return torch.from_numpy(np.concatenate(parts))
+
+
+def load_split(arguments: DataArguments, split: str) -> datasets.Dataset:
+    """The rows of a split, with the RR labels."""
+    if arguments.dataset not in BUILDERS:
+        raise ValueError(f"unknown dataset {arguments.dataset!r}; known are {', '.join(BUILDERS)}")
+    builder = BUILDERS[arguments.dataset](
+        config_name=arguments.config_name, data_dir=arguments.data_dir, cache_dir=arguments.cache_dir
+    )
+    builder.download_and_prepare(num_proc=arguments.num_proc)
+    rows = builder.as_dataset(split)
+    if arguments.max_records is not None:
+        rows = rows.select(range(min(arguments.max_records, len(rows))))
+    return add_rr_interval(rows, num_proc=arguments.num_proc if len(rows) > 1000 else None)
+
+
+# -------------------------------------------------------------------------------------------------------- augmentation
+
+
+def crop(signal: dict[str, Tensor], samples: int, sampling_rate: int) -> dict[str, Tensor]:
+    """A random stretch of each recording, with its own beats, intervals and period."""
+    values = signal["input_values"]
+    batch, leads, total = values.shape
+    if total <= samples:
+        return signal
+    start = torch.randint(0, total - samples + 1, (batch,), device=values.device)
+    index = start[:, None] + torch.arange(samples, device=values.device)
+    peaks = signal["r_peaks"] - start[:, None]
+    peaks = torch.where((signal["r_peaks"] >= 0) & (peaks >= 0) & (peaks < samples), peaks, torch.inf)
+    return (
+        signal
+        | {
+            "input_values": values.gather(2, index[:, None, :].expand(-1, leads, -1)),
+            "sample_mask": signal["sample_mask"].gather(1, index),
+        }
+        | beats_of(peaks, sampling_rate)
+    )
+
+
+def beats_of(peaks: Tensor, sampling_rate: int) -> dict[str, Tensor]:
+    """Peaks, intervals and period as the feature extractor gives them, from peaks (b, n) with infinity for none."""
+    peaks = peaks.sort(dim=1).values
+    peaks = peaks[:, : max(1, int(peaks.isfinite().sum(dim=1).max()))]
+    intervals = torch.diff(peaks, dim=1, prepend=torch.full_like(peaks[:, :1], -torch.inf)) / sampling_rate
+    intervals = torch.where((intervals >= 0.2) & (intervals <= 3.0), intervals, 0.0)
+    period = intervals.sum(dim=1) / (intervals > 0).sum(dim=1).clamp(min=1)
+    return {"r_peaks": torch.where(peaks.isfinite(), peaks, -1.0), "rr_intervals_s": intervals, "period_s": period}
+
+
+def disturb(
+    signal: dict[str, Tensor], sampling_rate: int, noise: float = 0.3, lead_dropout: float = 0.25
+) -> dict[str, Tensor]:
+    """Other gains, missing leads, noise, baseline wander, and beats that the detector misses or misplaces.
+
+    `noise` and `lead_dropout` are the shares of the records that get noise and wander, and that lose leads."""
+    values = signal["input_values"]
+    batch, leads, samples = values.shape
+    device = values.device
+    values = values * torch.exp(0.12 * torch.randn(batch, 1, 1, device=device))
+    noisy = (torch.rand(batch, 1, 1, device=device) < noise).float()
+    level = noisy * 0.3 * torch.rand(batch, leads, 1, device=device) ** 2
+    seconds = torch.arange(samples, device=device) / sampling_rate
+    rate_hz, turn = (
+        0.1 + 0.6 * torch.rand(batch, 1, 1, device=device),
+        6.3 * torch.rand(batch, leads, 1, device=device),
+    )
+    wander = noisy * 0.8 * torch.rand(batch, leads, 1, device=device) ** 2
+    values = values + level * torch.randn_like(values) + wander * torch.sin(2 * math.pi * rate_hz * seconds + turn)
+    lead_mask = signal["lead_mask"] & _kept_leads(batch, lead_dropout, device)
+    values = values * lead_mask[:, :, None] * signal["sample_mask"][:, None, :]
+    peaks = signal["r_peaks"]
+    found = (peaks >= 0) & (torch.rand(peaks.shape, device=device) > 0.02)
+    moved = torch.where(found, (peaks + 0.4 * torch.randn_like(peaks)).clamp(min=0.0), torch.inf)
+    return signal | {"input_values": values, "lead_mask": lead_mask} | beats_of(moved, sampling_rate)
+
+
+def _kept_leads(batch: int, share: float, device: torch.device) -> Tensor:
+    """Which leads a record keeps, (b, 12): all, or, for `share` of the records, a set that recorders really give.
+
+    Limb leads come all six or as a single one, since any two determine the rest; chest leads come one by one.
+    """
+    draw = torch.rand(batch, 14, device=device)
+    limbs = draw[:, :6] == draw[:, :6].amax(dim=1, keepdim=True)
+    limbs = limbs | (draw[:, 12:13] < 0.7)
+    chest = draw[:, 6:12] < draw[:, 12:13].clamp(min=0.0) * 1.2 - 0.2
+    return torch.cat([limbs, chest], dim=1) | (draw[:, 13:14] >= share)
+
+
+def batches(records: "Records | EncodedRecords", size: int = 64) -> Iterator[dict[str, Any]]:
+    """All records in order, in batches."""
+    for start in range(0, len(records), size):
+        yield records.__getitems__(list(range(start, min(start + size, len(records)))))
+
+
+# ------------------------------------------------------------------------------------------------------------- encoded
+
+ENCODED_KEYS = (
+    "last_hidden_state",
+    "token_mask",
+    "beat_hidden_state",
+    "beat_mask",
+    "rhythm_hidden_state",
+    "rhythm_mask",
+    "period_s",
+)
+
+
+class EncodedRecords(Dataset):
+    """What the backbone makes of recordings, in half precision in memory: adapters in the fusion need no more.
+
+    Args:
+        model: its backbone is used as it is.
+        records: the recordings.
+        device: where to compute.
+        views: how often each recording is encoded; the first time as it is, then disturbed. An item is one view, drawn
+            at random.
+    """
+
+    def __init__(
+        self,
+        model: EcgMoeForTasks,
+        records: Records,
+        device: torch.device,
+        views: int = 1,
+    ) -> None:
+        self.labels, self.num_records, self.views = records.labels, len(records), views
+        encoder = model.ecgmoe.encoder.to(device).eval()
+        parts: dict[str, list[Tensor]] = {name: [] for name in ENCODED_KEYS}
+        beats = records.signal["r_peaks"].shape[1]
+        for view in range(views):
+            for batch in batches(records):
+                signal = {name: value.to(device) for name, value in batch["signal"].items()}
+                if view:
+                    signal = disturb(signal, model.config.sampling_rate)
+                missing = beats - signal["r_peaks"].shape[1]
+                with torch.inference_mode():
+                    encoded = encoder(**signal)
+                for name in ENCODED_KEYS:
+                    value = encoded[name].cpu()
+                    if name.startswith(("beat", "rhythm")):
+                        value = torch.nn.functional.pad(value, (0, 0, 0, missing) if value.ndim == 3 else (0, missing))
+                    parts[name].append(value.half() if value.ndim == 3 else value)
+        self.encoded = {name: torch.cat(values) for name, values in parts.items()}
+
+    def __len__(self) -> int:
+        return self.num_records
+
+    def __getitems__(self, index: list[int]) -> dict[str, Any]:
+        at = torch.tensor(index)
+        drawn = at + self.num_records * torch.randint(0, self.views, at.shape)
+        return {"encoded": self.at(drawn), "labels": {name: value[at] for name, value in self.labels.items()}}
+
+    def at(self, index: Tensor) -> EcgMoeEncoderOutput:
+        """The backbone's output for some rows, without the padding that none of them needs."""
+        values = {name: value[index] for name, value in self.encoded.items()}
+        for state, mask in (("beat_hidden_state", "beat_mask"), ("rhythm_hidden_state", "rhythm_mask")):
+            used = int(values[mask].any(dim=0).nonzero().max()) + 1
+            values[state], values[mask] = values[state][:, :used], values[mask][:, :used]
+        whole: dict[str, Any] = {k: v.float() if v.dtype == torch.float16 else v for k, v in values.items()}
+        return EcgMoeEncoderOutput(**whole)

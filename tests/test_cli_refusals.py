@@ -1,0 +1,98 @@
+"""What `ecgmoe` refuses before it reads a single ECG: one line, exit status 2, no traceback."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_model import TINY_TASKS, save_tiny_model
+
+from modeling_ecgmoe.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("hub"))
+
+
+def run(*arguments: object) -> int:
+    """The program in this process; its exit status."""
+    return main(["predict", *map(str, arguments)])
+
+
+REFUSED = {
+    "unknown suffix": (("x.hea", "--out", "o.txt"), "expected a file ending in .jsonl or .csv"),
+    "no folder for the output": (("x.hea", "--out", "nowhere/o.csv"), "there is no folder nowhere"),
+    "a folder as output": (("x.hea", "--out", "folder.csv"), "is a folder"),
+    "nothing to read": ((), "name the files or folders"),
+    "no ECG in the folder": (("folder.csv",), "no ECG file in folder.csv"),
+    "resume from nowhere": (("x.hea", "--resume"), "--resume needs the --out file"),
+    "leads that are none": (("x.hea", "--leads", "A", "B"), "none is one of the twelve leads"),
+    "no such model": (("x.hea", "--model", "no/such model"), "no/such model"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_done_as_asked_is_refused_in_one_line_with_status_2(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.csv").mkdir()
+    assert run(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert len(captured.err.splitlines()) == 1
+    assert words in captured.err
+
+
+def test_an_unknown_task_is_refused_with_those_there_are(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("x.hea", "--model", model, "--tasks", "age,astrology") == 2
+    message = capsys.readouterr().err
+    assert "astrology" in message
+    assert ", ".join(TINY_TASKS) in message
+
+
+def test_a_model_without_weights_is_refused(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_bytes((model / "config.json").read_bytes())
+    (tmp_path / "preprocessor_config.json").write_bytes((model / "preprocessor_config.json").read_bytes())
+    assert run("x.hea", "--model", tmp_path) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_weights_cut_short_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_tiny_model(tmp_path, tasks=("age",))
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert run("x.hea", "--model", model) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [["--sampling_rate", "fast"], ["--sampling_rate", "-1"], ["--batch_size", "0"]])
+def test_a_number_that_is_none_is_refused(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        run("x.hea", *arguments)
+
+
+def test_quiet_leaves_stderr_empty(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path / "gone.hea", "--model", model, "--tasks", "age", "--quiet") == 1
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert json.loads(captured.out)["status"] == "error"
+
+
+def test_help_comes_without_loading_a_library() -> None:
+    code = (
+        "import sys\nfrom modeling_ecgmoe.cli import main\n"
+        "try:\n    main(['predict', '--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "assert not {'torch', 'numpy', 'transformers', 'scipy'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "--resume" in done.stdout
+    assert "<task>_low" in done.stdout

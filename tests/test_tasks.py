@@ -1,0 +1,143 @@
+"""The task table: truth in, numbers out, and back."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from modeling_ecgmoe.tasks import (
+    DESCRIPTIONS,
+    RHYTHM_STATEMENTS,
+    STATEMENTS,
+    SUPERCLASS_OF,
+    SUPERCLASSES,
+    TASKS,
+    Task,
+    find_task,
+)
+
+COLOURS = Task("colour", "multi_class", "of the paper", "colour", labels=("pink", "green", "white"))
+
+
+def test_ptb_xl_has_71_statements_44_of_them_diagnostic_in_5_superclasses() -> None:
+    assert len({s.code for s in STATEMENTS}) == len(STATEMENTS) == 71
+    assert len(RHYTHM_STATEMENTS) == 12
+    assert len(SUPERCLASS_OF) == 44
+    assert set(SUPERCLASS_OF.values()) == set(SUPERCLASSES)
+    assert DESCRIPTIONS["AFIB"] == "atrial fibrillation"
+
+
+def test_the_table_is_keyed_by_the_names_of_its_tasks() -> None:
+    assert all(name == task.name for name, task in TASKS.items())
+    assert {"rr_interval", "age", "sex", "potassium", "arrhythmia", "statements", "superclass"} <= set(TASKS)
+
+
+@pytest.mark.parametrize(("name", "outputs"), [("age", 1), ("sex", 1), ("potassium", 2), ("superclass", 5)])
+def test_a_head_has_as_many_outputs_as_its_kind_asks_for(name: str, outputs: int) -> None:
+    assert TASKS[name].num_outputs == outputs
+
+
+def test_an_unknown_task_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"unknown task 'weight'.*rr_interval, age, sex.*JSON"):
+        find_task("weight")
+
+
+# Truth to targets
+
+
+@pytest.mark.parametrize("unknown", [None, float("nan"), np.float32("nan"), np.float64("nan")])
+@pytest.mark.parametrize("name", ["age", "sex", "superclass"])
+def test_what_is_not_known_is_nan(name: str, unknown: Any) -> None:
+    assert np.isnan(TASKS[name].targets([unknown])).all()
+
+
+def test_a_regression_keeps_its_unit() -> None:
+    targets = TASKS["age"].targets([55, 31.5, None])
+    np.testing.assert_array_equal(targets, np.array([[55.0], [31.5], [np.nan]], np.float32))
+    assert targets.dtype == np.float32
+
+
+@pytest.mark.parametrize(("value", "target"), [("male", 0.0), ("female", 1.0), (0, 0.0), (1, 1.0), (np.int64(1), 1.0)])
+def test_a_binary_truth_is_a_label_or_its_index(value: Any, target: float) -> None:
+    assert TASKS["sex"].targets([value])[0, 0] == target
+
+
+def test_a_multi_label_truth_is_one_where_a_label_is_given_and_zero_elsewhere() -> None:
+    targets = TASKS["superclass"].targets([["MI", "HYP"], [], ["NORM"]])
+    np.testing.assert_array_equal(targets, [[0, 1, 0, 0, 1], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0]])
+
+
+def test_a_multi_class_truth_is_one_hot() -> None:
+    np.testing.assert_array_equal(COLOURS.targets(["white", 1]), [[0, 0, 1], [0, 1, 0]])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("sex", "unknown"), ("sex", 2), ("sex", -1), ("superclass", ["NORM", "BAD"])]
+)
+def test_a_label_that_the_task_does_not_have_is_refused_with_those_it_has(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"task {name}: label .* is not one of {', '.join(TASKS[name].labels)}"):
+        TASKS[name].targets([value])
+
+
+# Outputs to answers
+
+
+def test_a_regression_answers_in_its_unit() -> None:
+    age = TASKS["age"]
+    assert age.answers(np.array([[0.0], [1.0], [-1.0]]))[:, 0].tolist() == [
+        age.center,
+        age.center + age.spread,
+        age.center - age.spread,
+    ]
+
+
+def test_labels_answer_with_independent_probabilities() -> None:
+    answers = TASKS["superclass"].answers(np.array([[0.0, math.log(3.0), -math.log(3.0), 20.0, -20.0]]))
+    np.testing.assert_allclose(answers[0], [0.5, 0.75, 0.25, 1.0, 0.0], atol=1e-6)
+
+
+def test_classes_answer_with_probabilities_that_sum_to_one() -> None:
+    answers = COLOURS.answers(np.array([[0.0, math.log(2.0), 0.0], [1000.0, 0.0, -1000.0]]))
+    np.testing.assert_allclose(answers, [[0.25, 0.5, 0.25], [1.0, 0.0, 0.0]], atol=1e-12)
+
+
+# A task of one's own
+
+
+@pytest.mark.parametrize("task", [*TASKS.values(), COLOURS], ids=lambda task: task.name)
+def test_a_task_survives_json(task: Task, tmp_path: Path) -> None:
+    path = tmp_path / "task.json"
+    path.write_text(json.dumps(task.to_dict()), encoding="utf-8")
+    assert Task.from_json_file(path) == task
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "ranking"}, "kind must be one of regression, binary, multi_class, multi_label, found 'ranking'"),
+        ({"name": "two words"}, "letters, digits and underscores, found 'two words'"),
+        ({"labels": ()}, "a multi_class task needs its labels"),
+        ({"labels": ("a", "a")}, "a label occurs twice"),
+        ({"kind": "binary"}, "a binary task has two labels"),
+        ({"kind": "regression"}, "a regression has a unit and no labels"),
+        ({"spread": 0.0}, "spread must be positive, found 0"),
+        ({"spread": float("nan")}, "spread must be positive"),
+    ],
+)
+def test_a_task_that_contradicts_itself_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(COLOURS, **changes)
+
+
+def test_a_field_that_no_task_has_is_refused_with_those_it_has() -> None:
+    with pytest.raises(ValueError, match=r"unknown task fields colour, shape; known are name, kind, description"):
+        Task.from_dict(COLOURS.to_dict() | {"shape": 1, "colour": 2})
+
+
+def test_a_field_that_a_task_lacks_is_named() -> None:
+    with pytest.raises(ValueError, match="a task needs description, column; found kind, name"):
+        Task.from_dict({"name": "x", "kind": "binary"})

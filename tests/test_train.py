@@ -1,0 +1,346 @@
+"""Training end to end on a miniature PTB-XL, and the augmentations, whose beats stay where the signal has them."""
+
+import json
+import os
+import signal as process_signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_model import tiny_model
+
+import train
+from modeling_ecgmoe.adapters import MultiTask
+from modeling_ecgmoe.configuration_ecgmoe import EcgMoeConfig
+from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
+from modeling_ecgmoe.modeling_ecgmoe import EcgMoeForTasks
+from modeling_ecgmoe.tasks import TASKS, Task
+from records import DataArguments, EncodedRecords, Records, crop, disturb, load_split
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_progress_bars() -> Iterator[None]:
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for everything that training writes, with the configuration of a tiny model in it."""
+    folder = tmp_path_factory.mktemp("train")
+    config = tiny_model().config.to_diff_dict()
+    sizes = {name: config[name] for name in EcgMoeConfig.__annotations__ if name in config and name != "tasks"}
+    (folder / "tiny.json").write_text(json.dumps(sizes))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(mini_ptb_xl: Path, workplace: Path) -> dict[str, Any]:
+    return {"data_dir": str(mini_ptb_xl), "cache_dir": str(workplace / "cache"), "num_proc": 1}
+
+
+@pytest.fixture(scope="module")
+def settings(data: dict[str, Any], workplace: Path) -> dict[str, Any]:
+    """What all pretraining here shares."""
+    return data | {"batch_size": 8, "model_config": str(workplace / "tiny.json"), "learning_rate": 0.005}
+
+
+def arguments(values: dict[str, Any]) -> list[str]:
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def pretrained(settings: dict[str, Any], workplace: Path) -> Path:
+    """A folder with `model/` after two steps."""
+    folder = workplace / "base"
+    train.main(["pretrain", *arguments(settings | {"output_dir": folder, "max_steps": 2})])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapted(pretrained: Path, data: dict[str, Any], workplace: Path) -> Path:
+    """The same folder with `adapters/` for age, superclass and a task of our own, after two steps each."""
+    own = Task("checked", "binary", "whether a person confirmed it", "validated_by_human", labels=("no", "yes"))
+    (workplace / "own.json").write_text(json.dumps(own.to_dict()))
+    values = data | {"model": pretrained / "model", "output_dir": pretrained / "adapters", "max_steps": 2}
+    train.main(
+        ["adapt", "--task", "age", "superclass", str(workplace / "own.json"), *arguments(values | {"batch_size": 16})]
+    )
+    return pretrained
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+# The three commands
+
+
+def test_pretraining_writes_a_model_that_can_be_loaded(pretrained: Path) -> None:
+    model = EcgMoeForTasks.from_pretrained(pretrained / "model")
+    assert model.config.hidden_size == 16
+    assert set(model.tasks) == {"statements", "superclass", "arrhythmia", "age", "sex", "rr_interval", "quality"}
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    extractor = EcgMoeFeatureExtractor.from_pretrained(pretrained / "model")
+    assert extractor.sampling_rate == model.config.sampling_rate
+
+
+def test_the_log_says_how_far_and_how_well(pretrained: Path) -> None:
+    (line,) = log_of(pretrained)
+    assert line["step"] == 2
+    assert np.isfinite(line["loss"])
+    assert np.isfinite(line["age_mae"])
+    # The mean interval is measured, not learned: right from the first step.
+    assert line["rr_interval_mae"] < 60
+
+
+def test_the_arguments_are_saved_without_the_paths_of_this_machine(adapted: Path, workplace: Path) -> None:
+    for path, expected in (("model", {"max_steps": 2, "batch_size": 8}), ("adapters/age", {"lora_rank": 8})):
+        text = (adapted / path / "training.json").read_text()
+        assert json.loads(text).items() >= expected.items()
+        for trace in (str(workplace), str(ROOT), str(Path.home())):
+            assert trace not in text
+
+
+def test_one_json_file_replaces_the_command_line(pretrained: Path, settings: dict[str, Any], workplace: Path) -> None:
+    folder = workplace / "from_json"
+    (workplace / "run.json").write_text(json.dumps(settings | {"output_dir": str(folder), "max_steps": 2}))
+    train.main(["pretrain", str(workplace / "run.json")])
+    assert (folder / "model/training.json").read_text() == (pretrained / "model/training.json").read_text()
+    first, second = (load_file(f / "model/model.safetensors") for f in (pretrained, folder))
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, msg=name)
+
+
+def test_adapters_are_written_for_each_task(adapted: Path) -> None:
+    many = MultiTask.from_pretrained(adapted / "model")
+    assert set(many.cards) == {"age", "superclass", "checked"}
+    age = many.cards["age"]
+    assert set(age.half_widths) == {"12", "6", "1"}
+    assert np.isfinite(age.metrics["validation_mae"])
+    assert len(many.cards["superclass"].thresholds) == 5
+    assert many.cards["checked"].task.labels == ("no", "yes")
+    assert {line["task"] for line in log_of(adapted / "adapters")} == {"age", "superclass", "checked"}
+
+
+def test_evaluation_writes_the_metric_of_each_adapter_with_its_interval(
+    adapted: Path, data: dict[str, Any], tmp_path: Path
+) -> None:
+    values = data | {"model": adapted / "model", "out": tmp_path / "results.json", "resamples": 50}
+    train.main(["evaluate", "--task", "age", "superclass", *arguments(values)])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results) == {"age", "superclass"}
+    assert results["age"]["metric"] == "mae"
+    assert results["age"]["low"] <= results["age"]["value"] <= results["age"]["high"]
+    assert results["age"]["n"] == 4
+
+
+# Interrupted and parallel
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_to_the_same_number_of_steps(settings: dict[str, Any], workplace: Path) -> None:
+    epochs, steps_an_epoch = 3, 16  # 32 records, 2 a step: long enough not to be killed while it writes
+    folder, whole = workplace / "killed", workplace / "whole"
+    values = arguments(settings | {"epochs": epochs, "batch_size": 2, "evaluate_every": 100})
+    command = [sys.executable, "train.py", "pretrain", *values, "--output_dir", str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    try:
+        while not (folder / "checkpoint" / "step.json").exists():
+            assert run.poll() is None, run.stderr.read().decode()[-2000:] if run.stderr else ""
+            time.sleep(0.005)
+        run.send_signal(process_signal.SIGKILL)
+    finally:
+        run.kill()
+        run.communicate()
+    assert not (folder / "model").exists()
+    killed_after = log_of(folder)[-1]["step"]
+    assert killed_after < epochs * steps_an_epoch
+
+    train.main(["pretrain", *values, "--output_dir", str(folder), "--resume", "True"])
+    train.main(["pretrain", *values, "--output_dir", str(whole)])
+    expected = [line["step"] for line in log_of(whole)]
+    assert expected[-1] == epochs * steps_an_epoch
+    assert sorted({line["step"] for line in log_of(folder)}) == expected
+    resumed, uninterrupted = (load_file(f / "model/model.safetensors") for f in (folder, whole))
+    for name, value in uninterrupted.items():
+        torch.testing.assert_close(resumed[name], value, atol=1e-3, rtol=1e-3, msg=name)
+
+
+@pytest.mark.slow
+def test_two_processes_train_together(settings: dict[str, Any], workplace: Path) -> None:
+    folder = workplace / "two"
+    values = arguments(settings | {"output_dir": folder, "max_steps": 2, "batch_size": 4})
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    command = [*launch, "train.py", "pretrain", *values]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line["step"] for line in log_of(folder)] == [2]
+    assert all(torch.isfinite(p).all() for p in EcgMoeForTasks.from_pretrained(folder / "model").parameters())
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("argv", [[], ["fit"], ["--help"]])
+def test_an_unknown_command_is_answered_with_the_known_ones(argv: list[str]) -> None:
+    with pytest.raises(SystemExit, match=r"train\.py \{pretrain,adapt,evaluate\}"):
+        train.main(argv)
+
+
+def test_resuming_without_a_checkpoint_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint to resume in .*leave out --resume"):
+        train.main(["pretrain", *arguments(settings | {"output_dir": tmp_path, "resume": True})])
+
+
+def test_adapting_needs_a_task(pretrained: Path, data: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="name the tasks to adapt to: --task rr_interval age sex"):
+        train.main(["adapt", *arguments(data | {"model": pretrained / "model"})])
+
+
+def test_a_task_whose_column_the_data_lack_is_refused_with_both(
+    pretrained: Path, data: dict[str, Any], tmp_path: Path
+) -> None:
+    values = data | {"model": pretrained / "model", "output_dir": tmp_path}
+    with pytest.raises(ValueError, match="task potassium reads the column 'potassium', which ptb_xl does not have"):
+        train.main(["adapt", "--task", "potassium", *arguments(values)])
+
+
+def test_an_unknown_dataset_is_refused_with_the_known_ones(data: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="unknown dataset 'mnist'; known are ptb_xl"):
+        load_split(DataArguments(**data, dataset="mnist"), "train")
+
+
+# Recordings in memory
+
+
+@pytest.fixture(scope="module")
+def records(data: dict[str, Any], pretrained: Path) -> Records:
+    rows = load_split(DataArguments(**data), "validation")
+    return Records(rows, EcgMoeFeatureExtractor(), [TASKS["age"], TASKS["superclass"], TASKS["potassium"]])
+
+
+def test_records_hold_what_the_extractor_gives(records: Records, mini_ptb_xl: Path) -> None:
+    from modeling_ecgmoe.ecg_files import read_ecg
+
+    batch = records.__getitems__([2, 0])
+    for row, index in enumerate((2, 0)):
+        ecg = read_ecg(mini_ptb_xl / "records100" / "00000" / f"{records.record_ids[index]}.hea")
+        expected = EcgMoeFeatureExtractor().extract(ecg.signal, ecg.sampling_rate, ecg.lead_names)
+        beats = len(expected["r_peaks"])
+        np.testing.assert_allclose(batch["signal"]["input_values"][row], expected["input_values"], atol=0.01)
+        np.testing.assert_array_equal(batch["signal"]["r_peaks"][row, :beats], expected["r_peaks"])
+        assert (batch["signal"]["r_peaks"][row, beats:] == -1).all()
+        assert batch["signal"]["period_s"][row] == expected["period_s"]
+    assert set(batch["labels"]) == {"age", "superclass"}
+
+
+def test_encoded_records_are_answered_nearly_as_the_recordings(records: Records) -> None:
+    model, cpu = tiny_model().eval(), torch.device("cpu")
+    direct = train.predict_logits(model, records, cpu, ["age", "superclass"])
+    encoded = train.predict_logits(model, EncodedRecords(model, records, cpu), cpu, ["age", "superclass"])
+    for name, logits in direct.items():
+        np.testing.assert_allclose(encoded[name], logits, atol=0.01)
+
+
+# Augmentation
+
+
+def ramps(batch: int = 4, samples: int = 1000) -> dict[str, torch.Tensor]:
+    """Recordings whose samples say where they are, with a beat every 80 samples from 40 on."""
+    peaks = torch.arange(40, samples, 80.0).repeat(batch, 1)
+    intervals = torch.full_like(peaks, 0.8)
+    intervals[:, 0] = 0.0
+    return {
+        "input_values": torch.arange(samples, dtype=torch.float32).repeat(batch, 12, 1),
+        "lead_mask": torch.ones(batch, 12, dtype=torch.bool),
+        "sample_mask": torch.ones(batch, samples, dtype=torch.bool),
+        "r_peaks": peaks,
+        "rr_intervals_s": intervals,
+        "period_s": torch.full((batch,), 0.8),
+    }
+
+
+def test_a_crop_takes_its_beats_along() -> None:
+    cropped = crop(ramps(), 512, 100)
+    assert cropped["input_values"].shape == (4, 12, 512)
+    for values, peaks, intervals, period in zip(
+        cropped["input_values"], cropped["r_peaks"], cropped["rr_intervals_s"], cropped["period_s"], strict=True
+    ):
+        start = int(values[0, 0])
+        torch.testing.assert_close(values[0], torch.arange(start, start + 512.0))
+        true = torch.arange(40, 1000, 80.0)
+        inside = true[(true >= start) & (true < start + 512)] - start
+        torch.testing.assert_close(peaks[peaks >= 0], inside)
+        torch.testing.assert_close(intervals[: len(inside)], torch.tensor([0.0] + [0.8] * (len(inside) - 1)))
+        assert (intervals[len(inside) :] == 0).all()
+        assert period.item() == pytest.approx(0.8)
+
+
+def test_crops_start_at_different_moments() -> None:
+    torch.manual_seed(0)
+    starts = crop(ramps(64), 512, 100)["input_values"][:, 0, 0]
+    assert len(starts.unique()) > 32
+    assert starts.min() >= 0
+    assert starts.max() <= 488
+
+
+def test_a_recording_shorter_than_the_crop_stays_whole() -> None:
+    whole = ramps(samples=400)
+    assert crop(whole, 512, 100) is whole
+
+
+def test_a_crop_without_two_beats_knows_no_period() -> None:
+    lonely = ramps() | {"r_peaks": torch.full((4, 1), 500.0), "rr_intervals_s": torch.zeros(4, 1)}
+    cropped = crop(lonely, 512, 100)
+    assert (cropped["period_s"] == 0).all()
+    assert (cropped["rr_intervals_s"] == 0).all()
+
+
+def test_disturbing_keeps_shapes_masks_and_at_least_one_lead() -> None:
+    torch.manual_seed(0)
+    signal = ramps(256)
+    disturbed = disturb(signal, 100, noise=1.0, lead_dropout=1.0)
+    assert disturbed["input_values"].shape == signal["input_values"].shape
+    assert disturbed["lead_mask"].any(dim=1).all()
+    assert not disturbed["lead_mask"].all()
+    assert (disturbed["input_values"][~disturbed["lead_mask"]] == 0).all()
+    assert torch.isfinite(disturbed["input_values"]).all()
+    assert disturbed["r_peaks"].shape == disturbed["rr_intervals_s"].shape
+    # Limb leads come as all six or one, as recorders have them.
+    assert set(disturbed["lead_mask"][:, :6].sum(dim=1).tolist()) == {1, 6}
+
+
+def test_disturbed_beats_are_near_the_true_ones_and_intervals_follow_them() -> None:
+    torch.manual_seed(0)
+    signal = ramps(64)
+    disturbed = disturb(signal, 100, noise=0.0, lead_dropout=0.0)
+    assert disturbed["lead_mask"].all()
+    found = disturbed["r_peaks"] >= 0
+    assert 0.95 < found.float().sum() / signal["r_peaks"].numel() < 1.0
+    away = (disturbed["r_peaks"][..., None] - signal["r_peaks"][:, None]).abs().amin(dim=-1)
+    assert away[found].max() < 3.0
+    peaks, intervals = disturbed["r_peaks"], disturbed["rr_intervals_s"]
+    both = found[:, 1:] & (intervals[:, 1:] > 0)
+    torch.testing.assert_close(intervals[:, 1:][both], (torch.diff(peaks, dim=1) / 100)[both])
+    assert (intervals[:, 0] == 0).all()
+
+
+def test_disturbing_twice_gives_two_different_recordings() -> None:
+    signal = ramps()
+    first, second = disturb(signal, 100), disturb(signal, 100)
+    assert not torch.equal(first["input_values"], second["input_values"])
+    torch.testing.assert_close(signal["input_values"], ramps()["input_values"])

@@ -1,0 +1,495 @@
+"""Train ECG-MoE with Accelerate: `pretrain` the model on all tasks at once, `adapt` one task with LoRA, `evaluate`.
+
+    accelerate launch train.py pretrain --data_dir ptb-xl --output_dir runs/base
+    accelerate launch train.py adapt --task age --model runs/base/model --data_dir ptb-xl --output_dir runs/age
+    python train.py evaluate --model hub/model --data_dir ptb-xl --out benchmarks/results/quality_fold9.json
+
+One JSON file may replace the arguments: `train.py pretrain benchmarks/configs/pretrain.json`. The resolved arguments
+are saved beside the weights.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration, send_to_device, set_seed
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import HfArgumentParser
+
+from modeling_ecgmoe.adapter_card import AdapterCard, calibrate, conformal_half_width
+from modeling_ecgmoe.adapters import MultiTask, fingerprint, lora_model, save_adapter
+from modeling_ecgmoe.configuration_ecgmoe import EcgMoeConfig
+from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
+from modeling_ecgmoe.leads import NUM_LEADS, NUM_LIMB_LEADS
+from modeling_ecgmoe.metrics import MetricResult, bootstrap_interval, find_metric
+from modeling_ecgmoe.modeling_ecgmoe import EcgMoeForTasks
+from modeling_ecgmoe.tasks import TASKS, Task, find_task
+from records import DataArguments, EncodedRecords, Records, batches, crop, disturb, load_split
+
+logger = logging.getLogger("train")
+
+
+@dataclass
+class TrainingArguments:
+    """How to train. The defaults reproduce the published model."""
+
+    output_dir: str = field(default="runs/base", metadata={"help": "where weights, checkpoints and the log go"})
+    epochs: int = field(default=14, metadata={"help": "passes over the training split"})
+    batch_size: int = field(default=64, metadata={"help": "records a step and process"})
+    learning_rate: float = field(default=2e-3, metadata={"help": "highest learning rate of the one-cycle schedule"})
+    weight_decay: float = field(default=0.05, metadata={"help": "AdamW's decay of matrices"})
+    crop_s: float = field(default=5.12, metadata={"help": "seconds of each recording that a training step sees"})
+    full_every: int = field(default=8, metadata={"help": "every so many steps see whole recordings, 0 for never"})
+    ema_decay: float = field(default=0.998, metadata={"help": "moving average of the weights that is saved"})
+    gradient_clip: float = field(default=2.0, metadata={"help": "largest norm of the gradient"})
+    lead_dropout: float = field(default=0.25, metadata={"help": "share of records that lose leads in a step"})
+    noise: float = field(default=0.3, metadata={"help": "share of records that get noise and baseline wander"})
+    mixed_precision: str = field(default="no", metadata={"help": "no or bf16"})
+    seed: int = field(default=0, metadata={"help": "seed of weights, order and augmentation"})
+    max_steps: int | None = field(default=None, metadata={"help": "stop after so many steps (smoke runs)"})
+    evaluate_every: int = field(default=4, metadata={"help": "epochs between two evaluations"})
+    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in output_dir"})
+    model: str | None = field(default=None, metadata={"help": "start from this model instead of new weights"})
+    model_config: str | None = field(default=None, metadata={"help": "JSON with configuration fields to change"})
+
+
+# ------------------------------------------------------------------------------------------------------------ pretrain
+
+
+def pretrain(data: DataArguments, arguments: TrainingArguments) -> dict[str, float]:
+    """Train backbone, fusion and all heads together. Returns the last validation metrics."""
+    accelerator = accelerator_for(arguments)
+    config = EcgMoeConfig(**(json.loads(Path(arguments.model_config).read_text()) if arguments.model_config else {}))
+    model = EcgMoeForTasks.from_pretrained(arguments.model) if arguments.model else EcgMoeForTasks(config)
+    extractor = EcgMoeFeatureExtractor(sampling_rate=model.config.sampling_rate)
+    tasks = list(model.tasks.values())
+    with accelerator.main_process_first():
+        train = Records(load_split(data, "train"), extractor, tasks, data.num_proc)
+        validation = Records(load_split(data, "validation"), extractor, tasks, data.num_proc)
+    return fit(model, extractor, train, validation, data, arguments, accelerator)
+
+
+def fit(
+    model: nn.Module,
+    extractor: EcgMoeFeatureExtractor,
+    train: Records,
+    validation: Records,
+    data: DataArguments,
+    arguments: TrainingArguments,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """The training loop, for any model that takes the extractor's features and `labels` and gives `loss`, `logits`."""
+    output_dir = Path(arguments.output_dir)
+    rate = extractor.sampling_rate
+    loader = DataLoader(train, arguments.batch_size, shuffle=True, drop_last=True, collate_fn=_as_is)
+    optimizer = torch.optim.AdamW(_parameter_groups(model, arguments.weight_decay), lr=arguments.learning_rate)
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(arguments.ema_decay), use_buffers=True)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    averaged.to(accelerator.device)
+    total = arguments.max_steps or arguments.epochs * len(loader)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, arguments.learning_rate, total_steps=total + 1, pct_start=0.15, div_factor=20, final_div_factor=200
+    )
+    accelerator.register_for_checkpointing(schedule, averaged)
+    set_seed(arguments.seed, device_specific=True)  # every process disturbs its records in its own way
+    step = _resume(accelerator, arguments)
+    metrics: dict[str, float] = {}
+    samples = round(arguments.crop_s * rate)
+    bar = tqdm(total=total, initial=step, disable=not accelerator.is_main_process, mininterval=10.0)
+    while step < total:
+        epoch, done = divmod(step, len(loader))
+        loader.set_epoch(epoch) if hasattr(loader, "set_epoch") else None
+        model.train()
+        began, running = time.time(), []
+        for batch in accelerator.skip_first_batches(loader, done) if done else loader:
+            whole = arguments.full_every and step % arguments.full_every == 0
+            signal = batch["signal"] if whole else crop(batch["signal"], samples, rate)
+            signal = disturb(signal, rate, arguments.noise, arguments.lead_dropout)
+            labels = _labels_of_crop(batch["labels"], signal, train)
+            with accelerator.autocast():
+                loss = model(**signal, labels=labels).loss
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), arguments.gradient_clip)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            averaged.update_parameters(accelerator.unwrap_model(model))
+            running.append(loss.detach())
+            step += 1
+            bar.update()
+            if step >= total:
+                break
+        line: dict[str, Any] = {"step": step, "epoch": epoch + 1, "loss": torch.stack(running).mean().item()}
+        if (epoch + 1) % arguments.evaluate_every == 0 or step >= total:
+            metrics = evaluate_quickly(averaged.module, validation, accelerator) if accelerator.is_main_process else {}
+            line |= metrics
+        line["seconds"] = round(time.time() - began, 1)
+        _log(accelerator, output_dir, line)
+        accelerator.save_state(str(output_dir / "checkpoint"))
+        if accelerator.is_main_process:
+            (output_dir / "checkpoint" / "step.json").write_text(json.dumps({"step": step}))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        save_model(averaged.module, extractor, output_dir / "model")
+        save_arguments(output_dir / "model", data, arguments)
+    return metrics
+
+
+def save_model(model: Any, extractor: EcgMoeFeatureExtractor, folder: Path) -> None:
+    """Write weights, configuration and preprocessing side by side."""
+    model.eval()
+    model.save_pretrained(folder)
+    extractor.save_pretrained(folder)
+
+
+def _labels_of_crop(labels: dict[str, Tensor], signal: dict[str, Tensor], records: Records) -> dict[str, Tensor]:
+    """A task that starts from a measurement is asked for the measurement of the crop, where its label is trusted."""
+    measured = {"rr_interval_ms": signal["period_s"][:, None] * 1000.0}
+    out = {}
+    for name, target in labels.items():
+        prior = TASKS[name].prior if name in TASKS else ""
+        if prior:
+            target = torch.where(torch.isfinite(target) & (measured[prior] > 0), measured[prior], torch.nan)
+        out[name] = target
+    return out
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; biases, norms and the state space's dynamics do not."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    plain = [p for name, p in named if p.ndim < 2 or "log_" in name or "frequency" in name]
+    kept = {id(p) for p in plain}
+    return [
+        {"params": [p for _, p in named if id(p) not in kept], "weight_decay": weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+
+
+def accelerator_for(arguments: TrainingArguments) -> Accelerator:
+    set_seed(arguments.seed)
+    project = ProjectConfiguration(project_dir=arguments.output_dir)
+    return Accelerator(mixed_precision=arguments.mixed_precision, project_config=project)
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def _resume(accelerator: Accelerator, arguments: TrainingArguments) -> int:
+    checkpoint = Path(arguments.output_dir) / "checkpoint"
+    if not arguments.resume:
+        return 0
+    if not (checkpoint / "step.json").is_file():
+        raise FileNotFoundError(f"no checkpoint to resume in {checkpoint}; leave out --resume to start anew")
+    accelerator.load_state(str(checkpoint))
+    return int(json.loads((checkpoint / "step.json").read_text())["step"])
+
+
+def _log(accelerator: Accelerator, output_dir: Path, line: dict[str, Any]) -> None:
+    if not accelerator.is_main_process:
+        return
+    output_dir.mkdir(parents=True, exist_ok=True)
+    rounded = {key: round(value, 5) if isinstance(value, float) else value for key, value in line.items()}
+    with (output_dir / "log.jsonl").open("a") as log:
+        log.write(json.dumps(rounded) + "\n")
+    accelerator.print(json.dumps(rounded))
+
+
+def save_arguments(folder: Path, *arguments: Any) -> None:
+    """Write the resolved arguments beside the weights, without the paths of this machine."""
+    paths = ("data_dir", "cache_dir", "output_dir", "model", "model_config")
+    merged = {k: v for a in arguments for k, v in dataclasses.asdict(a).items() if k not in paths}
+    (folder / "training.json").write_text(json.dumps(merged, indent=2) + "\n")
+
+
+# --------------------------------------------------------------------------------------------------------------- adapt
+
+
+@dataclass
+class AdaptArguments:
+    """How to adapt the model to tasks. The defaults reproduce the published adapters."""
+
+    task: list[str] = field(
+        default_factory=list, metadata={"help": f"tasks: {', '.join(TASKS)}, or JSON files of new ones"}
+    )
+    model: str = field(default="hub/model", metadata={"help": "the model to adapt, a folder or an id on the Hub"})
+    output_dir: str = field(
+        default="runs/adapters", metadata={"help": "each adapter goes to a folder of its name in here"}
+    )
+    epochs: int = field(default=3, metadata={"help": "passes over the training split"})
+    batch_size: int = field(default=128, metadata={"help": "records a step and process"})
+    learning_rate: float = field(default=5e-4, metadata={"help": "highest learning rate of the cosine schedule"})
+    weight_decay: float = field(default=0.01, metadata={"help": "AdamW's decay"})
+    lora_rank: int = field(default=8, metadata={"help": "rank of LoRA"})
+    lora_alpha: int = field(default=16, metadata={"help": "scale of LoRA"})
+    lora_dropout: float = field(default=0.1, metadata={"help": "dropout on LoRA's input"})
+    lora_scope: str = field(
+        default="fusion", metadata={"help": "fusion, or all: the backbone too, at one pass a task"}
+    )
+    views: int = field(default=2, metadata={"help": "encodings of each record: as it is, and disturbed"})
+    level: float = field(default=0.9, metadata={"help": "coverage of the intervals of regressions"})
+    trained_on: str = field(default="PTB-XL 1.0.3, folds 1-8, 100 Hz", metadata={"help": "the data, for the card"})
+    evidence: str = field(default="measured", metadata={"help": "measured, or simulated where the ECGs are"})
+    mixed_precision: str = field(default="no", metadata={"help": "no or bf16"})
+    seed: int = field(default=0, metadata={"help": "seed"})
+    max_steps: int | None = field(default=None, metadata={"help": "stop after so many steps (smoke runs)"})
+
+
+def adapt(data: DataArguments, arguments: AdaptArguments) -> dict[str, MetricResult]:
+    """Train one adapter for each task; what the backbone makes of the recordings is computed once for all of them."""
+    if not arguments.task:
+        raise ValueError(f"name the tasks to adapt to: --task {' '.join(TASKS)}, or a task's JSON file")
+    set_seed(arguments.seed)
+    accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
+    tasks = [Task.from_json_file(name) if name.endswith(".json") else find_task(name) for name in arguments.task]
+    model = EcgMoeForTasks.from_pretrained(arguments.model)
+    extractor = EcgMoeFeatureExtractor.from_pretrained(arguments.model)
+    with accelerator.main_process_first():
+        records = {s: Records(load_split(data, s), extractor, tasks, data.num_proc) for s in ("train", "validation")}
+    for task in tasks:
+        if task.name not in records["train"].labels:
+            raise ValueError(f"task {task.name} reads the column {task.column!r}, which {data.dataset} does not have")
+    rows = load_split(data, "validation")
+    fewer = {count: Records(rows, extractor, tasks, data.num_proc, leads) for count, leads in FEWER_LEADS.items()}
+    train: Records | EncodedRecords = records["train"]
+    validation: dict[int, Records | EncodedRecords] = {NUM_LEADS: records["validation"], **fewer}
+    if arguments.lora_scope == "fusion":
+        train = EncodedRecords(model, records["train"], accelerator.device, arguments.views)
+        validation = {
+            n: EncodedRecords(model, r, accelerator.device)
+            for n, r in ({NUM_LEADS: records["validation"]} | fewer).items()
+        }
+    results = {}
+    for task in tasks:
+        fresh = EcgMoeForTasks.from_pretrained(arguments.model)
+        wrapped = lora_model(
+            fresh, task, arguments.lora_rank, arguments.lora_alpha, arguments.lora_dropout, arguments.lora_scope
+        )
+        fit_adapter(wrapped, task, train, validation[NUM_LEADS], arguments, accelerator)
+        if accelerator.is_main_process:
+            wrapped.eval()
+            card = AdapterCard(
+                task, fingerprint(model), arguments.evidence, arguments.trained_on, level=arguments.level
+            )
+            patients = records["validation"].patient_ids
+            results[task.name] = calibrate_on(wrapped, card, validation, patients, accelerator.device)
+            folder = Path(arguments.output_dir) / task.name
+            save_adapter(wrapped, card, folder)
+            # A task of the user's own is a file on this machine; its name is enough, the card holds the rest.
+            save_arguments(folder, data, dataclasses.replace(arguments, task=[t.name for t in tasks]))
+            _log(accelerator, Path(arguments.output_dir), {"task": task.name} | card.metrics)
+    accelerator.wait_for_everyone()
+    return results
+
+
+def fit_adapter(
+    model: PeftModel,
+    task: Task,
+    train: Records | EncodedRecords,
+    validation: Records | EncodedRecords,
+    arguments: AdaptArguments,
+    accelerator: Accelerator,
+) -> None:
+    """Train LoRA and head of one task in place, and keep the best epoch on validation; none may be the best. The
+    backbone stays as it is, its batch statistics too."""
+    loader = DataLoader(
+        train, arguments.batch_size, shuffle=True, drop_last=len(train) > arguments.batch_size, collate_fn=_as_is
+    )
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
+    prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    total = arguments.max_steps or arguments.epochs * len(loader)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
+    bar = tqdm(total=total, desc=task.name, disable=not accelerator.is_main_process, mininterval=10.0)
+    targets = validation.labels[task.name].numpy()
+
+    def measure() -> tuple[float, dict[str, Tensor]]:
+        value = point_metric(
+            task, targets, predict_logits(model, validation, accelerator.device, [task.name])[task.name]
+        )
+        return value, {name: p.detach().clone() for name, p in trained.items()}
+
+    step, sign = 0, 1.0 if find_metric(task.metric).higher_is_better else -1.0
+    best = measure()
+    course = [best[0]]
+    while step < total:
+        for batch in loader:
+            prepared.train()
+            accelerator.unwrap_model(prepared).base_model.model.ecgmoe.encoder.eval()
+            inputs = {"encoder_output": batch["encoded"]} if "encoded" in batch else disturb(batch["signal"], 100)
+            with accelerator.autocast():
+                output = prepared(**inputs, labels={task.name: batch["labels"][task.name]}, tasks=[task.name])
+            accelerator.backward(output.loss)
+            accelerator.clip_grad_norm_(trained.values(), 2.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            step += 1
+            bar.update()
+            if step >= total:
+                break
+        now = measure()
+        course.append(now[0])
+        if not sign * best[0] > sign * now[0]:
+            best = now
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(best[1][name])
+    logger.info("%s: %s on validation by epoch %s", task.name, task.metric, [round(value, 4) for value in course])
+    accelerator.free_memory()
+
+
+# The leads behind an interval for so many known leads: a single one, and two that give all six limb leads.
+FEWER_LEADS: dict[int, tuple[str, ...]] = {NUM_LIMB_LEADS: ("I", "II"), 1: ("I",)}
+
+
+def calibrate_on(
+    model: PeftModel,
+    card: AdapterCard,
+    validation: dict[int, Records | EncodedRecords],
+    patients: list[str],
+    device: torch.device,
+) -> MetricResult:
+    """Fit the card's temperature, thresholds or intervals on validation records, and note the main metric there.
+
+    Args:
+        validation: number of leads to the records as seen with so many.
+        patients: of each record, for the interval of the metric.
+    """
+    task = card.task
+    targets = validation[NUM_LEADS].labels[task.name].numpy()
+    known = np.isfinite(targets)
+    for count, records in validation.items():
+        logits = predict_logits(model, records, device, [task.name])[task.name]
+        if count == NUM_LEADS:
+            calibrate(card, logits, targets)
+            result = bootstrap_interval(task.metric, targets, task.answers(logits), groups=patients)
+        elif task.kind == "regression":
+            card.half_widths[str(count)] = conformal_half_width(
+                task.answers(logits)[known], targets[known], card.level
+            )
+    interval = {"low": round(result.low, 4), "high": round(result.high, 4)}
+    card.metrics = {f"validation_{task.metric}": round(result.value, 4)} | interval
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------------ evaluate
+
+
+@torch.inference_mode()
+def predict_logits(
+    model: nn.Module, records: Records | EncodedRecords, device: torch.device, tasks: list[str] | None = None
+) -> dict[str, np.ndarray]:
+    """task to logits (records, outputs), on whole recordings."""
+    model.eval()
+    parts: dict[str, list[Tensor]] = {}
+    for batch in batches(records):
+        inputs = {"encoder_output": batch["encoded"]} if "encoded" in batch else batch["signal"]
+        inputs = send_to_device(inputs, device)
+        output = model(**inputs) if tasks is None else model(**inputs, tasks=tasks)
+        for name, logits in output.logits.items():
+            parts.setdefault(name, []).append(logits.float().cpu())
+    return {name: torch.cat(values).numpy() for name, values in parts.items()}
+
+
+def evaluate_quickly(model: nn.Module, records: Records, accelerator: Accelerator) -> dict[str, float]:
+    """The main metric of each task, without intervals."""
+    logits = predict_logits(model, records, accelerator.device)
+    return {
+        f"{name}_{TASKS[name].metric}": point_metric(TASKS[name], records.labels[name].numpy(), logits[name])
+        for name in logits
+        if name in records.labels and name in TASKS
+    }
+
+
+def point_metric(task: Task, labels: np.ndarray, logits: np.ndarray) -> float:
+    """The task's main metric, without an interval; NaN where no label can be evaluated."""
+    known = np.isfinite(labels)
+    if not known.any() or (task.labels and not (np.ptp(np.where(known, labels, 0.5), axis=0) > 0.9).any()):
+        return math.nan
+    return bootstrap_interval(task.metric, labels, task.answers(logits), resamples=0).value
+
+
+@dataclass
+class EvaluateArguments:
+    """What to evaluate, and where the figures go."""
+
+    model: str = field(default="hub/model", metadata={"help": "a folder with adapters beside it, or an id on the Hub"})
+    task: list[str] = field(
+        default_factory=list, metadata={"help": "adapters to evaluate, all that are found otherwise"}
+    )
+    split: str = field(default="validation", metadata={"help": "train, validation or test"})
+    out: str = field(default="", metadata={"help": "JSON file for the results; printed as well"})
+    resamples: int = field(default=1000, metadata={"help": "bootstrap resamples of patients"})
+
+
+def evaluate(data: DataArguments, arguments: EvaluateArguments) -> dict[str, MetricResult]:
+    """The main metric of each adapter with its interval, all of them answered in one pass of the backbone."""
+    many = MultiTask.from_pretrained(arguments.model, arguments.task or None)
+    tasks = [card.task for card in many.cards.values()]
+    records = Records(load_split(data, arguments.split), many.extractor, tasks, data.num_proc)
+    logits = predict_adapters(many, records)
+    results = {
+        task.name: bootstrap_interval(
+            task.metric,
+            records.labels[task.name].numpy(),
+            task.answers(logits[task.name]),
+            resamples=arguments.resamples,
+            groups=records.patient_ids,
+        )
+        for task in tasks
+        if task.name in records.labels
+    }
+    for name, result in results.items():
+        print(f"{name:12} {result.metric:12} {result.value:.4f} ({result.low:.4f} to {result.high:.4f}), n={result.n}")
+    if arguments.out:
+        values = {name: result.to_dict() for name, result in results.items()}
+        Path(arguments.out).write_text(json.dumps(values, indent=2) + "\n")
+    return results
+
+
+@torch.inference_mode()
+def predict_adapters(many: MultiTask, records: Records) -> dict[str, np.ndarray]:
+    """task to logits (records, outputs) of all adapters."""
+    parts: dict[str, list[Tensor]] = {name: [] for name in many.cards}
+    for batch in batches(records):
+        for name, logits in many.task_logits(many.model.ecgmoe.encoder(**batch["signal"])).items():
+            parts[name].append(logits)
+    return {name: torch.cat(values).numpy() for name, values in parts.items()}
+
+
+def main(argv: list[str]) -> None:
+    """Run a command."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    commands: dict[str, tuple[Callable[..., Any], tuple[type, ...]]] = {
+        "pretrain": (pretrain, (DataArguments, TrainingArguments)),
+        "adapt": (adapt, (DataArguments, AdaptArguments)),
+        "evaluate": (evaluate, (DataArguments, EvaluateArguments)),
+    }
+    if not argv or argv[0] not in commands:
+        raise SystemExit(f"usage: train.py {{{','.join(commands)}}} [--help | CONFIG.json | arguments]")
+    run, kinds = commands[argv[0]]
+    parser = HfArgumentParser(kinds)
+    if len(argv) == 2 and argv[1].endswith(".json"):
+        parsed = parser.parse_json_file(argv[1])
+    else:
+        parsed = parser.parse_args_into_dataclasses(argv[1:])
+    run(*parsed)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
