@@ -11,7 +11,6 @@ are saved beside the weights.
 import dataclasses
 import json
 import logging
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -22,23 +21,26 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, send_to_device, set_seed
+from accelerate.utils import ProjectConfiguration, set_seed
 from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
+from evaluation import EvaluateArguments, evaluate, evaluate_quickly, point_metric, predict_logits, records_hash
 from modeling_ecgmoe.adapter_card import AdapterCard, calibrate, conformal_half_width
-from modeling_ecgmoe.adapters import MultiTask, fingerprint, lora_model, save_adapter
+from modeling_ecgmoe.adapters import fingerprint, lora_model, save_adapter
 from modeling_ecgmoe.configuration_ecgmoe import EcgMoeConfig
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.leads import NUM_LEADS, NUM_LIMB_LEADS
 from modeling_ecgmoe.metrics import MetricResult, bootstrap_interval, find_metric
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeForTasks
 from modeling_ecgmoe.tasks import TASKS, Task, find_task
-from records import DataArguments, EncodedRecords, Records, batches, crop, disturb, load_split
+from records import DataArguments, EncodedRecords, Records, crop, disturb, load_split
 
 logger = logging.getLogger("train")
 
@@ -65,6 +67,9 @@ class TrainingArguments:
     resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in output_dir"})
     model: str | None = field(default=None, metadata={"help": "start from this model instead of new weights"})
     model_config: str | None = field(default=None, metadata={"help": "JSON with configuration fields to change"})
+    soft_labels: str | None = field(default=None, metadata={"help": "another model's answers, from plain_cnn.py"})
+    soft_share: float = field(default=0.4, metadata={"help": "their share in the labels of classifications"})
+    trunk: str | None = field(default=None, metadata={"help": "start the residual trunk from a plain CNN"})
 
 
 # ------------------------------------------------------------------------------------------------------------ pretrain
@@ -80,7 +85,44 @@ def pretrain(data: DataArguments, arguments: TrainingArguments) -> dict[str, flo
     with accelerator.main_process_first():
         train = Records(load_split(data, "train"), extractor, tasks, data.num_proc)
         validation = Records(load_split(data, "validation"), extractor, tasks, data.num_proc)
+    if arguments.model is None:
+        start_at_base_rates(model, train)
+    if arguments.soft_labels is not None:
+        soften(train, Path(arguments.soft_labels), arguments.soft_share)
+    if arguments.trunk is not None:
+        load_trunk(model, Path(arguments.trunk))
     return fit(model, extractor, train, validation, data, arguments, accelerator)
+
+
+@torch.no_grad()
+def start_at_base_rates(model: Any, train: Records) -> None:
+    """Set the biases of the classification heads to the log-odds of their labels, which no step must then learn."""
+    for name, task in model.tasks.items():
+        if task.kind != "regression" and name in train.labels:
+            share = train.labels[name].nanmean(dim=0).clamp(1e-4, 1 - 1e-4)
+            model.heads[f"head_{name}"].bias.copy_(torch.logit(share))
+
+
+def soften(train: Records, file: Path, share: float) -> None:
+    """Mix a model's answers into the labels of the classifications (Furlanello et al. 2018, born-again networks).
+
+    Raises:
+        ValueError: the answers are of other recordings.
+    """
+    with safe_open(file, "pt") as answers:
+        found, expected = (answers.metadata() or {}).get("records", ""), records_hash(train)
+        if found != expected:
+            raise ValueError(f"{file} answers for records {found or 'unknown'}, the training split is {expected}")
+        for name in set(answers.keys()) & set(train.labels):
+            if TASKS[name].kind != "regression":
+                train.labels[name] = (1.0 - share) * train.labels[name] + share * answers.get_tensor(name)
+
+
+def load_trunk(model: EcgMoeForTasks, folder: Path) -> None:
+    """Take over the residual trunk that `benchmarks/plain_cnn.py` trained with plain heads."""
+    conv: Any = model.ecgmoe.encoder.temporal.families["conv"]
+    weights = load_file(folder / "model.safetensors")
+    conv.trunk.load_state_dict({k.removeprefix("trunk."): w for k, w in weights.items() if k.startswith("trunk.")})
 
 
 def fit(
@@ -146,6 +188,8 @@ def fit(
     if accelerator.is_main_process:
         save_model(averaged.module, extractor, output_dir / "model")
         save_arguments(output_dir / "model", data, arguments)
+        if arguments.trunk:
+            _note_first_stage(output_dir / "model", Path(arguments.trunk))
     return metrics
 
 
@@ -211,9 +255,16 @@ def _log(accelerator: Accelerator, output_dir: Path, line: dict[str, Any]) -> No
 
 def save_arguments(folder: Path, *arguments: Any) -> None:
     """Write the resolved arguments beside the weights, without the paths of this machine."""
-    paths = ("data_dir", "cache_dir", "output_dir", "model", "model_config")
+    paths = ("data_dir", "cache_dir", "output_dir", "model", "model_config", "trunk", "soft_labels")
     merged = {k: v for a in arguments for k, v in dataclasses.asdict(a).items() if k not in paths}
     (folder / "training.json").write_text(json.dumps(merged, indent=2) + "\n")
+
+
+def _note_first_stage(folder: Path, trunk: Path) -> None:
+    """Add the arguments of the run that trained the trunk to those of the run that went on from it."""
+    values = json.loads((folder / "training.json").read_text())
+    values["first_stage"] = json.loads((trunk / "training.json").read_text())
+    (folder / "training.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
 # --------------------------------------------------------------------------------------------------------------- adapt
@@ -387,89 +438,7 @@ def calibrate_on(
     return result
 
 
-# ------------------------------------------------------------------------------------------------------------ evaluate
-
-
-@torch.inference_mode()
-def predict_logits(
-    model: nn.Module, records: Records | EncodedRecords, device: torch.device, tasks: list[str] | None = None
-) -> dict[str, np.ndarray]:
-    """task to logits (records, outputs), on whole recordings."""
-    model.eval()
-    parts: dict[str, list[Tensor]] = {}
-    for batch in batches(records):
-        inputs = {"encoder_output": batch["encoded"]} if "encoded" in batch else batch["signal"]
-        inputs = send_to_device(inputs, device)
-        output = model(**inputs) if tasks is None else model(**inputs, tasks=tasks)
-        for name, logits in output.logits.items():
-            parts.setdefault(name, []).append(logits.float().cpu())
-    return {name: torch.cat(values).numpy() for name, values in parts.items()}
-
-
-def evaluate_quickly(model: nn.Module, records: Records, accelerator: Accelerator) -> dict[str, float]:
-    """The main metric of each task, without intervals."""
-    logits = predict_logits(model, records, accelerator.device)
-    return {
-        f"{name}_{TASKS[name].metric}": point_metric(TASKS[name], records.labels[name].numpy(), logits[name])
-        for name in logits
-        if name in records.labels and name in TASKS
-    }
-
-
-def point_metric(task: Task, labels: np.ndarray, logits: np.ndarray) -> float:
-    """The task's main metric, without an interval; NaN where no label can be evaluated."""
-    known = np.isfinite(labels)
-    if not known.any() or (task.labels and not (np.ptp(np.where(known, labels, 0.5), axis=0) > 0.9).any()):
-        return math.nan
-    return bootstrap_interval(task.metric, labels, task.answers(logits), resamples=0).value
-
-
-@dataclass
-class EvaluateArguments:
-    """What to evaluate, and where the figures go."""
-
-    model: str = field(default="hub/model", metadata={"help": "a folder with adapters beside it, or an id on the Hub"})
-    task: list[str] = field(
-        default_factory=list, metadata={"help": "adapters to evaluate, all that are found otherwise"}
-    )
-    split: str = field(default="validation", metadata={"help": "train, validation or test"})
-    out: str = field(default="", metadata={"help": "JSON file for the results; printed as well"})
-    resamples: int = field(default=1000, metadata={"help": "bootstrap resamples of patients"})
-
-
-def evaluate(data: DataArguments, arguments: EvaluateArguments) -> dict[str, MetricResult]:
-    """The main metric of each adapter with its interval, all of them answered in one pass of the backbone."""
-    many = MultiTask.from_pretrained(arguments.model, arguments.task or None)
-    tasks = [card.task for card in many.cards.values()]
-    records = Records(load_split(data, arguments.split), many.extractor, tasks, data.num_proc)
-    logits = predict_adapters(many, records)
-    results = {
-        task.name: bootstrap_interval(
-            task.metric,
-            records.labels[task.name].numpy(),
-            task.answers(logits[task.name]),
-            resamples=arguments.resamples,
-            groups=records.patient_ids,
-        )
-        for task in tasks
-        if task.name in records.labels
-    }
-    for name, result in results.items():
-        print(f"{name:12} {result.metric:12} {result.value:.4f} ({result.low:.4f} to {result.high:.4f}), n={result.n}")
-    if arguments.out:
-        values = {name: result.to_dict() for name, result in results.items()}
-        Path(arguments.out).write_text(json.dumps(values, indent=2) + "\n")
-    return results
-
-
-@torch.inference_mode()
-def predict_adapters(many: MultiTask, records: Records) -> dict[str, np.ndarray]:
-    """task to logits (records, outputs) of all adapters."""
-    parts: dict[str, list[Tensor]] = {name: [] for name in many.cards}
-    for batch in batches(records):
-        for name, logits in many.task_logits(many.model.ecgmoe.encoder(**batch["signal"])).items():
-            parts[name].append(logits)
-    return {name: torch.cat(values).numpy() for name, values in parts.items()}
+# ---------------------------------------------------------------------------------------------------------------- main
 
 
 def main(argv: list[str]) -> None:
@@ -483,12 +452,15 @@ def main(argv: list[str]) -> None:
     if not argv or argv[0] not in commands:
         raise SystemExit(f"usage: train.py {{{','.join(commands)}}} [--help | CONFIG.json | arguments]")
     run, kinds = commands[argv[0]]
+    run(*parse_arguments(kinds, argv[1:]))
+
+
+def parse_arguments(kinds: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
+    """The argument dataclasses from the words of a command line, or from the one JSON file that it names."""
     parser = HfArgumentParser(kinds)
-    if len(argv) == 2 and argv[1].endswith(".json"):
-        parsed = parser.parse_json_file(argv[1])
-    else:
-        parsed = parser.parse_args_into_dataclasses(argv[1:])
-    run(*parsed)
+    if len(argv) == 1 and argv[0].endswith(".json"):
+        return parser.parse_json_file(argv[0])
+    return parser.parse_args_into_dataclasses(argv)
 
 
 if __name__ == "__main__":

@@ -1,52 +1,46 @@
 """The conventional multi-task baseline: one residual 1-D CNN trunk, pooled, with a plain linear head for each task.
 
-    python -m benchmarks.plain_cnn --data_dir ptb-xl --output_dir runs/plain_cnn
+    python -m benchmarks.plain_cnn benchmarks/configs/plain_cnn.json
 
-Same recordings, same crops and disturbances, same optimiser, schedule and number of epochs as ECG-MoE (`train.fit`);
-it sees the signal alone, no beats.
+Same recordings, crops, disturbances, optimiser and schedule as ECG-MoE (`train.fit`); it sees the signal, no beats.
+ECG-MoE's training starts from its trunk and from its answers for the training split, `answers.safetensors`.
 """
 
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import HfArgumentParser
 
-from modeling_ecgmoe.configuration_ecgmoe import PRETRAINING_TASKS
+from evaluation import predict_logits, records_hash
+from modeling_ecgmoe.configuration_ecgmoe import PRETRAINING_TASKS, EcgMoeConfig
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeTaskOutput, task_loss
 from modeling_ecgmoe.tasks import TASKS
-from modeling_ecgmoe.temporal import ConvNorm, ResidualBlock
+from modeling_ecgmoe.temporal import ResidualTrunk
 from records import DataArguments, Records, load_split
-from train import TrainingArguments, accelerator_for, fit
+from train import TrainingArguments, accelerator_for, fit, parse_arguments, start_at_base_rates
 
 
 class PlainCnn(nn.Module):
-    """About 1.7 M parameters and 0.2 GFLOP for 10 s; global mean and maximum pooling."""
+    """ECG-MoE's own residual trunk alone, 1.6 M parameters; global mean and maximum pooling."""
 
     def __init__(self) -> None:
         super().__init__()
         self.tasks = {name: TASKS[name] for name in PRETRAINING_TASKS}
-        self.trunk = nn.Sequential(
-            ConvNorm(12, 48, 9, stride=2),
-            ConvNorm(48, 64, 7, stride=2),
-            ResidualBlock(64, 7, 0.1),
-            ConvNorm(64, 128, 5, stride=2),
-            ResidualBlock(128, 5, 0.1),
-            ConvNorm(128, 256, 3, stride=2),
-            ResidualBlock(256, 3, 0.1),
-            ResidualBlock(256, 3, 0.1),
-            ResidualBlock(256, 3, 0.1),
+        config = EcgMoeConfig()
+        self.trunk = ResidualTrunk(
+            len(config.leads), config.conv_channels, config.conv_kernels, config.conv_blocks, config.drop_path
         )
         self.dropout = nn.Dropout(0.3)
         self.heads = nn.ModuleDict({f"head_{name}": nn.Linear(512, t.num_outputs) for name, t in self.tasks.items()})
 
     def forward(self, input_values: Tensor, labels: dict[str, Tensor] | None = None, **other: Any) -> EcgMoeTaskOutput:
         """Takes what the feature extractor gives and leaves the beats in `other` alone."""
-        hidden = self.trunk(input_values)
+        _, hidden = self.trunk(input_values)
         pooled = self.dropout(torch.cat([hidden.mean(dim=2), hidden.amax(dim=2)], dim=1))
         logits = {name: self.heads[f"head_{name}"](pooled) for name in self.tasks}
         if labels is None:
@@ -68,10 +62,10 @@ class PlainCnn(nn.Module):
         return model.eval()
 
 
-def main() -> None:
-    """Train it."""
+def main(argv: list[str]) -> None:
+    """Train it; the arguments are those of `train.py pretrain`."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    data, arguments = HfArgumentParser((DataArguments, TrainingArguments)).parse_args_into_dataclasses()
+    data, arguments = parse_arguments((DataArguments, TrainingArguments), argv)
     accelerator = accelerator_for(arguments)
     model, extractor = PlainCnn(), EcgMoeFeatureExtractor()
     with accelerator.main_process_first():
@@ -79,8 +73,22 @@ def main() -> None:
             Records(load_split(data, split), extractor, list(model.tasks.values()), data.num_proc)
             for split in ("train", "validation")
         )
+    start_at_base_rates(model, train)
     fit(model, extractor, train, validation, data, arguments, accelerator)
+    if accelerator.is_main_process:
+        save_answers(Path(arguments.output_dir), train)
+
+
+def save_answers(folder: Path, records: Records) -> None:
+    """Write what the trained network answers for recordings, as probabilities: ECG-MoE's soft labels."""
+    logits = predict_logits(PlainCnn.from_pretrained(folder / "model"), records, torch.device("cpu"))
+    answers = {
+        name: torch.from_numpy(TASKS[name].answers(values)).float().contiguous()
+        for name, values in logits.items()
+        if TASKS[name].kind != "regression"
+    }
+    save_file(answers, folder / "answers.safetensors", metadata={"records": records_hash(records)})
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -21,11 +21,11 @@ from sklearn.linear_model import LogisticRegression
 from transformers import HfArgumentParser
 
 from benchmarks.plain_cnn import PlainCnn
+from evaluation import predict_adapters, predict_logits
 from modeling_ecgmoe.adapters import MultiTask
 from modeling_ecgmoe.metrics import bootstrap_interval
 from modeling_ecgmoe.tasks import DIAGNOSTIC_STATEMENTS, FORM_STATEMENTS, TASKS, Task
 from records import DataArguments, Records, load_split
-from train import predict_adapters, predict_logits
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = ("arrhythmia", "statements", "superclass", "age", "sex", "rr_interval")
@@ -38,7 +38,7 @@ class QualityArguments:
     """What to compare."""
 
     model: str = field(default="hub/model", metadata={"help": "ECG-MoE, with its adapters beside it"})
-    cnn: str | None = field(default=None, metadata={"help": "weights of the plain CNN, see plain_cnn.py"})
+    cnn: list[str] = field(default_factory=list, metadata={"help": "folders of plain CNNs, see plain_cnn.py"})
     split: str = field(default="validation", metadata={"help": "validation or test"})
     out: Path = field(default=Path("benchmarks/results/quality_fold9.json"), metadata={"help": "result file"})
     resamples: int = field(default=1000, metadata={"help": "bootstrap resamples"})
@@ -100,6 +100,12 @@ def demographic_answers(train: Records, records: Records) -> dict[str, np.ndarra
     return answers
 
 
+def epochs_of(folder: Path) -> int:
+    """How often a model saw the training split, its first stage included; adapters come on top."""
+    training = json.loads((folder / "training.json").read_text())
+    return int(training["epochs"] + training.get("first_stage", {}).get("epochs", 0))
+
+
 def main() -> None:
     """Measure all rows and write the file."""
     data, arguments = HfArgumentParser((DataArguments, QualityArguments)).parse_args_into_dataclasses()
@@ -115,22 +121,27 @@ def main() -> None:
 
     size = sum(p.numel() for p in many.model.parameters())
     adapted = size + sum(many.adapter_size(name) for name in many.cards)
-    rows: list[tuple[str, int | None, dict[str, np.ndarray]]] = [
-        ("ECG-MoE, adapters", adapted, of_logits(predict_adapters(many, records))),
-        ("ECG-MoE, joint heads", size, of_logits(predict_logits(many.model, records, cpu))),
+    epochs = epochs_of(Path(arguments.model))
+    rows: list[tuple[str, int | None, int | None, dict[str, np.ndarray]]] = [
+        ("ECG-MoE, adapters", adapted, epochs, of_logits(predict_adapters(many, records))),
+        ("ECG-MoE, joint heads", size, epochs, of_logits(predict_logits(many.model, records, cpu))),
     ]
-    if arguments.cnn:
-        cnn = PlainCnn.from_pretrained(arguments.cnn)
-        rows.append(
-            ("plain CNN", sum(p.numel() for p in cnn.parameters()), of_logits(predict_logits(cnn, records, cpu)))
-        )
+    for folder in arguments.cnn:
+        cnn = PlainCnn.from_pretrained(folder)
+        count = sum(p.numel() for p in cnn.parameters())
+        rows.append(("plain CNN", count, epochs_of(Path(folder)), of_logits(predict_logits(cnn, records, cpu))))
     detector = {"rr_interval": records.signal["period_s"].numpy()[:, None] * 1000.0}
-    rows.append(("R-peak detector alone", None, detector))
-    rows.append(("age and sex alone", None, demographic_answers(train, records)))
-    rows.append(("constant", None, constant_answers(train, len(records))))
+    rows.append(("R-peak detector alone", None, None, detector))
+    rows.append(("age and sex alone", None, None, demographic_answers(train, records)))
+    rows.append(("constant", None, None, constant_answers(train, len(records))))
     values: list[dict[str, Any]] = [
-        {"model": name, "parameters": count, "metrics": measure(answers, records, arguments.resamples)}
-        for name, count, answers in rows
+        {
+            "model": name,
+            "parameters": count,
+            "epochs": seen,
+            "metrics": measure(answers, records, arguments.resamples),
+        }
+        for name, count, seen, answers in rows
     ]
     fold = {"validation": "fold 9", "test": "fold 10"}[arguments.split]
     result = {

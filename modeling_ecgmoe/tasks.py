@@ -280,7 +280,7 @@ TASKS = {
             description="all 71 SCP-ECG statements of PTB-XL",
             column="statements",
             labels=tuple(s.code for s in STATEMENTS),
-            loss_weight=10.0,
+            loss_weight=20.0,
         ),
         Task(
             name="superclass",

@@ -17,7 +17,10 @@ import torch
 from safetensors.torch import load_file
 from tiny_model import tiny_model
 
+import evaluation
 import train
+from benchmarks import plain_cnn
+from benchmarks.plain_cnn import PlainCnn
 from modeling_ecgmoe.adapters import MultiTask
 from modeling_ecgmoe.configuration_ecgmoe import EcgMoeConfig
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
@@ -146,6 +149,60 @@ def test_evaluation_writes_the_metric_of_each_adapter_with_its_interval(
     assert results["age"]["n"] == 4
 
 
+# The plain network that training starts from
+
+
+@pytest.fixture(scope="module")
+def plain(data: dict[str, Any], workplace: Path) -> Path:
+    """A folder with the plain CNN after a step, and its answers for the training split."""
+    folder = workplace / "plain"
+    plain_cnn.main(arguments(data | {"output_dir": folder, "max_steps": 1, "batch_size": 8}))
+    return folder
+
+
+def test_training_starts_from_the_plain_networks_trunk(plain: Path) -> None:
+    torch.manual_seed(1)
+    model = EcgMoeForTasks(EcgMoeConfig())
+    train.load_trunk(model, plain / "model")
+    trunk = model.ecgmoe.encoder.temporal.families["conv"].trunk
+    for name, value in PlainCnn.from_pretrained(plain / "model").trunk.state_dict().items():
+        torch.testing.assert_close(trunk.state_dict()[name], value, msg=name)
+
+
+def test_a_trunk_of_other_sizes_is_refused(plain: Path) -> None:
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        train.load_trunk(tiny_model(), plain / "model")
+
+
+def test_soft_labels_lie_between_the_labels_and_the_plain_networks_answers(plain: Path, data: dict[str, Any]) -> None:
+    tasks = [TASKS[name] for name in ("age", "sex", "superclass")]
+    records = Records(load_split(DataArguments(**data), "train"), EcgMoeFeatureExtractor(), tasks)
+    hard = {name: value.clone() for name, value in records.labels.items()}
+    train.soften(records, plain / "answers.safetensors", 0.25)
+    answers = load_file(plain / "answers.safetensors")
+    torch.testing.assert_close(records.labels["age"], hard["age"], equal_nan=True)
+    for name in ("sex", "superclass"):
+        torch.testing.assert_close(records.labels[name], 0.75 * hard[name] + 0.25 * answers[name], equal_nan=True)
+
+
+def test_soft_labels_for_other_recordings_are_refused(plain: Path, data: dict[str, Any]) -> None:
+    records = Records(load_split(DataArguments(**data), "validation"), EcgMoeFeatureExtractor(), [TASKS["sex"]])
+    with pytest.raises(ValueError, match=r"answers\.safetensors answers for records .*, the training split is"):
+        train.soften(records, plain / "answers.safetensors", 0.25)
+
+
+def test_pretraining_takes_both_from_files(plain: Path, data: dict[str, Any], workplace: Path) -> None:
+    values = data | {
+        "output_dir": workplace / "warm",
+        "max_steps": 1,
+        "batch_size": 8,
+        "trunk": plain / "model",
+        "soft_labels": plain / "answers.safetensors",
+    }
+    train.main(["pretrain", *arguments(values)])
+    assert "soft_share" in json.loads((workplace / "warm" / "model" / "training.json").read_text())
+
+
 # Interrupted and parallel
 
 
@@ -250,8 +307,8 @@ def test_records_hold_what_the_extractor_gives(records: Records, mini_ptb_xl: Pa
 
 def test_encoded_records_are_answered_nearly_as_the_recordings(records: Records) -> None:
     model, cpu = tiny_model().eval(), torch.device("cpu")
-    direct = train.predict_logits(model, records, cpu, ["age", "superclass"])
-    encoded = train.predict_logits(model, EncodedRecords(model, records, cpu), cpu, ["age", "superclass"])
+    direct = evaluation.predict_logits(model, records, cpu, ["age", "superclass"])
+    encoded = evaluation.predict_logits(model, EncodedRecords(model, records, cpu), cpu, ["age", "superclass"])
     for name, logits in direct.items():
         np.testing.assert_allclose(encoded[name], logits, atol=0.01)
 

@@ -20,13 +20,13 @@ def tiny_model() -> EcgMoeForTasks:
     torch.manual_seed(0)
     config = EcgMoeConfig(
         hidden_size=16,
-        conv_channels=(4, 8, 8),
-        conv_blocks=(1, 1),
+        conv_channels=(4, 8, 8, 8),
+        conv_blocks=(1, 1, 1),
         ssm_channels=8,
         ssm_states=4,
         ssm_layers=1,
         patch_channels=16,
-        beat_channels=(8, 8),
+        beat_size=16,
         num_attention_heads=2,
         expert_size=16,
         num_queries=2,

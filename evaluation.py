@@ -1,0 +1,108 @@
+"""What a model answers for recordings in memory, and how good its answers are.
+
+`train.py evaluate` and `benchmarks/quality.py` run it; training looks at validation through it.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+
+from modeling_ecgmoe.adapters import MultiTask
+from modeling_ecgmoe.metrics import MetricResult, bootstrap_interval
+from modeling_ecgmoe.tasks import TASKS, Task
+from records import DataArguments, EncodedRecords, Records, batches, load_split
+
+
+@torch.inference_mode()
+def predict_logits(
+    model: nn.Module, records: Records | EncodedRecords, device: torch.device, tasks: list[str] | None = None
+) -> dict[str, np.ndarray]:
+    """task to logits (records, outputs), on whole recordings."""
+    model.eval()
+    parts: dict[str, list[Tensor]] = {}
+    for batch in batches(records):
+        inputs = {"encoder_output": batch["encoded"]} if "encoded" in batch else batch["signal"]
+        inputs = send_to_device(inputs, device)
+        output = model(**inputs) if tasks is None else model(**inputs, tasks=tasks)
+        for name, logits in output.logits.items():
+            parts.setdefault(name, []).append(logits.float().cpu())
+    return {name: torch.cat(values).numpy() for name, values in parts.items()}
+
+
+def records_hash(records: Records) -> str:
+    """A short hash of which recordings these are, in their order."""
+    return hashlib.sha256("\n".join(records.record_ids).encode()).hexdigest()[:16]
+
+
+def evaluate_quickly(model: nn.Module, records: Records, accelerator: Accelerator) -> dict[str, float]:
+    """The main metric of each task, without intervals."""
+    logits = predict_logits(model, records, accelerator.device)
+    return {
+        f"{name}_{TASKS[name].metric}": point_metric(TASKS[name], records.labels[name].numpy(), logits[name])
+        for name in logits
+        if name in records.labels and name in TASKS
+    }
+
+
+def point_metric(task: Task, labels: np.ndarray, logits: np.ndarray) -> float:
+    """The task's main metric, without an interval; NaN where no label can be evaluated."""
+    known = np.isfinite(labels)
+    if not known.any() or (task.labels and not (np.ptp(np.where(known, labels, 0.5), axis=0) > 0.9).any()):
+        return math.nan
+    return bootstrap_interval(task.metric, labels, task.answers(logits), resamples=0).value
+
+
+@dataclass
+class EvaluateArguments:
+    """What to evaluate, and where the figures go."""
+
+    model: str = field(default="hub/model", metadata={"help": "a folder with adapters beside it, or an id on the Hub"})
+    task: list[str] = field(
+        default_factory=list, metadata={"help": "adapters to evaluate, all that are found otherwise"}
+    )
+    split: str = field(default="validation", metadata={"help": "train, validation or test"})
+    out: str = field(default="", metadata={"help": "JSON file for the results; printed as well"})
+    resamples: int = field(default=1000, metadata={"help": "bootstrap resamples of patients"})
+
+
+def evaluate(data: DataArguments, arguments: EvaluateArguments) -> dict[str, MetricResult]:
+    """The main metric of each adapter with its interval, all of them answered in one pass of the backbone."""
+    many = MultiTask.from_pretrained(arguments.model, arguments.task or None)
+    tasks = [card.task for card in many.cards.values()]
+    records = Records(load_split(data, arguments.split), many.extractor, tasks, data.num_proc)
+    logits = predict_adapters(many, records)
+    results = {
+        task.name: bootstrap_interval(
+            task.metric,
+            records.labels[task.name].numpy(),
+            task.answers(logits[task.name]),
+            resamples=arguments.resamples,
+            groups=records.patient_ids,
+        )
+        for task in tasks
+        if task.name in records.labels
+    }
+    for name, result in results.items():
+        print(f"{name:12} {result.metric:12} {result.value:.4f} ({result.low:.4f} to {result.high:.4f}), n={result.n}")
+    if arguments.out:
+        values = {name: result.to_dict() for name, result in results.items()}
+        Path(arguments.out).write_text(json.dumps(values, indent=2) + "\n")
+    return results
+
+
+@torch.inference_mode()
+def predict_adapters(many: MultiTask, records: Records) -> dict[str, np.ndarray]:
+    """task to logits (records, outputs) of all adapters."""
+    parts: dict[str, list[Tensor]] = {name: [] for name in many.cards}
+    for batch in batches(records):
+        for name, logits in many.task_logits(many.model.ecgmoe.encoder(**batch["signal"])).items():
+            parts[name].append(logits)
+    return {name: torch.cat(values).numpy() for name, values in parts.items()}
