@@ -20,7 +20,7 @@ OFFLINE := HF_HUB_OFFLINE=1
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1	/p' Makefile
 
-demo: .venv/installed-formats ## clinical answers for the bundled example ECGs
+demo: .venv/installed ## clinical answers for the bundled example ECGs
 	@$(OFFLINE) $(BIN)/ecgmoe predict examples --model hub/model --table
 	@echo
 	@echo "Your own recordings, files or folders:  $(BIN)/ecgmoe predict PATH... --table"
@@ -65,7 +65,13 @@ $(BIN)/python:
 	@$(INSTALL) torch
 	@touch $@
 
-# installed-formats, installed-test, ...: this package, editable, with that extra.
+# This package, editable, by itself.
+.venv/installed: pyproject.toml constraints.txt .venv/installed-torch
+	@echo "Installing ecg-moe into .venv, which takes some minutes the first time ..."
+	@$(INSTALL) --editable .
+	@touch $@
+
+# installed-test, installed-space: with that extra.
 .venv/installed-%: pyproject.toml constraints.txt .venv/installed-torch
 	@echo "Installing ecg-moe[$*] into .venv, which takes some minutes the first time ..."
 	@$(INSTALL) --editable '.[$*]'

@@ -3,7 +3,6 @@
 `train.py evaluate` and `benchmarks/quality.py` run it; training looks at validation through it.
 """
 
-import hashlib
 import json
 import math
 from dataclasses import dataclass, field
@@ -35,11 +34,6 @@ def predict_logits(
         for name, logits in output.logits.items():
             parts.setdefault(name, []).append(logits.float().cpu())
     return {name: torch.cat(values).numpy() for name, values in parts.items()}
-
-
-def records_hash(records: Records) -> str:
-    """A short hash of which recordings these are, in their order."""
-    return hashlib.sha256("\n".join(records.record_ids).encode()).hexdigest()[:16]
 
 
 def evaluate_quickly(model: nn.Module, records: Records, accelerator: Accelerator) -> dict[str, float]:

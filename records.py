@@ -1,14 +1,18 @@
 """Recordings in memory for training: prepared once, cropped and disturbed anew in every step, or encoded."""
 
+import hashlib
+import inspect
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import Dataset
 
 from data_builders.ptb_xl import PtbXl
@@ -19,6 +23,9 @@ from modeling_ecgmoe.modeling_ecgmoe import EcgMoeEncoderOutput, EcgMoeForTasks
 from modeling_ecgmoe.tasks import Task
 
 BUILDERS = {"ptb_xl": PtbXl}
+# Part of the cache's key: features prepared by other code are not used again.
+PREPARED_BY = ("leads.py", "beats.py", "feature_extraction_ecgmoe.py")
+VERSION = hashlib.sha256(b"".join(Path(inspect.getfile(find_lead)).with_name(n).read_bytes() for n in PREPARED_BY))
 SIGNAL_KEYS = ("input_values", "lead_mask", "sample_mask", "r_peaks", "rr_intervals_s", "period_s")
 
 
@@ -55,7 +62,7 @@ class Records(Dataset):
     ) -> None:
         prepared = rows.with_format("numpy").map(
             _prepare,
-            fn_kwargs={"settings": extractor.to_dict(), "leads": leads},
+            fn_kwargs={"settings": extractor.to_dict(), "leads": leads, "version": VERSION.hexdigest()},
             remove_columns=rows.column_names,
             features=_prepared_features(extractor),
             num_proc=num_proc if len(rows) > 1000 else None,
@@ -81,10 +88,12 @@ class Records(Dataset):
         beats = max(1, int((signal["r_peaks"] >= 0).sum(dim=1).max()))
         for name in ("r_peaks", "rr_intervals_s"):
             signal[name] = signal[name][:, :beats]
-        return {"signal": signal, "labels": {name: values[at] for name, values in self.labels.items()}, "index": at}
+        return {"signal": signal, "labels": {name: values[at] for name, values in self.labels.items()}}
 
 
-def _prepare(row: dict[str, Any], settings: dict[str, Any], leads: Sequence[str] | None) -> dict[str, Any]:
+def _prepare(
+    row: dict[str, Any], settings: dict[str, Any], leads: Sequence[str] | None, version: str
+) -> dict[str, Any]:
     extractor = EcgMoeFeatureExtractor(**settings)
     signal, names = np.asarray(row["signal"]), [str(name) for name in row["lead_names"]]
     if leads is not None:
@@ -207,7 +216,7 @@ def _kept_leads(batch: int, share: float, device: torch.device) -> Tensor:
     draw = torch.rand(batch, 14, device=device)
     limbs = draw[:, :6] == draw[:, :6].amax(dim=1, keepdim=True)
     limbs = limbs | (draw[:, 12:13] < 0.7)
-    chest = draw[:, 6:12] < draw[:, 12:13].clamp(min=0.0) * 1.2 - 0.2
+    chest = draw[:, 6:12] < draw[:, 12:13] * 1.2 - 0.2
     return torch.cat([limbs, chest], dim=1) | (draw[:, 13:14] >= share)
 
 
@@ -250,22 +259,19 @@ class EncodedRecords(Dataset):
     ) -> None:
         self.labels, self.num_records, self.views = records.labels, len(records), views
         encoder = model.ecgmoe.encoder.to(device).eval()
-        parts: dict[str, list[Tensor]] = {name: [] for name in ENCODED_KEYS}
-        beats = records.signal["r_peaks"].shape[1]
+        parts: dict[str, list[Tensor]] = {}
         for view in range(views):
             for batch in batches(records):
                 signal = {name: value.to(device) for name, value in batch["signal"].items()}
                 if view:
                     signal = disturb(signal, model.config.sampling_rate)
-                missing = beats - signal["r_peaks"].shape[1]
                 with torch.inference_mode():
                     encoded = encoder(**signal)
                 for name in ENCODED_KEYS:
-                    value = encoded[name].cpu()
-                    if name.startswith(("beat", "rhythm")):
-                        value = torch.nn.functional.pad(value, (0, 0, 0, missing) if value.ndim == 3 else (0, missing))
-                    parts[name].append(value.half() if value.ndim == 3 else value)
-        self.encoded = {name: torch.cat(values) for name, values in parts.items()}
+                    value = getattr(encoded, name)
+                    if value is not None:  # a model of one path has no states of the other
+                        parts.setdefault(name, []).append(value.half().cpu() if value.ndim == 3 else value.cpu())
+        self.encoded = {name: torch.cat(_same_length(values)) for name, values in parts.items()}
 
     def __len__(self) -> int:
         return self.num_records
@@ -279,7 +285,17 @@ class EncodedRecords(Dataset):
         """The backbone's output for some rows, without the padding that none of them needs."""
         values = {name: value[index] for name, value in self.encoded.items()}
         for state, mask in (("beat_hidden_state", "beat_mask"), ("rhythm_hidden_state", "rhythm_mask")):
+            if mask not in values:
+                continue
             used = int(values[mask].any(dim=0).nonzero().max()) + 1
             values[state], values[mask] = values[state][:, :used], values[mask][:, :used]
         whole: dict[str, Any] = {k: v.float() if v.dtype == torch.float16 else v for k, v in values.items()}
         return EcgMoeEncoderOutput(**whole)
+
+
+def _same_length(values: list[Tensor]) -> list[Tensor]:
+    """Batches (b, n, ...) padded with zeros to the most beats or tokens that any of them has."""
+    if values[0].ndim == 1:
+        return values
+    longest = max(value.shape[1] for value in values)
+    return [functional.pad(v, (0, 0) * (v.ndim - 2) + (0, longest - v.shape[1])) for v in values]

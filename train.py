@@ -21,9 +21,8 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
 from peft import PeftModel
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -31,14 +30,15 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from evaluation import EvaluateArguments, evaluate, evaluate_quickly, point_metric, predict_logits, records_hash
+from checkpoints import resume_checkpoint, save_checkpoint
+from evaluation import EvaluateArguments, evaluate, evaluate_quickly, point_metric, predict_logits
 from modeling_ecgmoe.adapter_card import AdapterCard, calibrate, conformal_half_width
 from modeling_ecgmoe.adapters import fingerprint, lora_model, save_adapter
 from modeling_ecgmoe.configuration_ecgmoe import EcgMoeConfig
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.leads import NUM_LEADS, NUM_LIMB_LEADS
 from modeling_ecgmoe.metrics import MetricResult, bootstrap_interval, find_metric
-from modeling_ecgmoe.modeling_ecgmoe import EcgMoeForTasks
+from modeling_ecgmoe.modeling_ecgmoe import EcgMoeEncoderOutput, EcgMoeForTasks
 from modeling_ecgmoe.tasks import TASKS, Task, find_task
 from records import DataArguments, EncodedRecords, Records, crop, disturb, load_split
 
@@ -47,7 +47,7 @@ logger = logging.getLogger("train")
 
 @dataclass
 class TrainingArguments:
-    """How to train. The defaults reproduce the published model."""
+    """How to train. `benchmarks/configs/pretrain.json` holds what made the published model."""
 
     output_dir: str = field(default="runs/base", metadata={"help": "where weights, checkpoints and the log go"})
     epochs: int = field(default=14, metadata={"help": "passes over the training split"})
@@ -67,8 +67,6 @@ class TrainingArguments:
     resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in output_dir"})
     model: str | None = field(default=None, metadata={"help": "start from this model instead of new weights"})
     model_config: str | None = field(default=None, metadata={"help": "JSON with configuration fields to change"})
-    soft_labels: str | None = field(default=None, metadata={"help": "another model's answers, from plain_cnn.py"})
-    soft_share: float = field(default=0.4, metadata={"help": "their share in the labels of classifications"})
     trunk: str | None = field(default=None, metadata={"help": "start the residual trunk from a plain CNN"})
 
 
@@ -77,18 +75,22 @@ class TrainingArguments:
 
 def pretrain(data: DataArguments, arguments: TrainingArguments) -> dict[str, float]:
     """Train backbone, fusion and all heads together. Returns the last validation metrics."""
+    if arguments.model and arguments.model_config:
+        raise ValueError("a model has its own configuration; pass --model or --model_config")
     accelerator = accelerator_for(arguments)
-    config = EcgMoeConfig(**(json.loads(Path(arguments.model_config).read_text()) if arguments.model_config else {}))
-    model = EcgMoeForTasks.from_pretrained(arguments.model) if arguments.model else EcgMoeForTasks(config)
-    extractor = EcgMoeFeatureExtractor(sampling_rate=model.config.sampling_rate)
+    if arguments.model:
+        model = EcgMoeForTasks.from_pretrained(arguments.model, dtype=torch.float32)
+        extractor = EcgMoeFeatureExtractor.from_pretrained(arguments.model)
+    else:
+        changes = json.loads(Path(arguments.model_config).read_text()) if arguments.model_config else {}
+        model = EcgMoeForTasks(EcgMoeConfig(**changes))
+        extractor = EcgMoeFeatureExtractor(sampling_rate=model.config.sampling_rate)
     tasks = list(model.tasks.values())
     with accelerator.main_process_first():
         train = Records(load_split(data, "train"), extractor, tasks, data.num_proc)
         validation = Records(load_split(data, "validation"), extractor, tasks, data.num_proc)
     if arguments.model is None:
         start_at_base_rates(model, train)
-    if arguments.soft_labels is not None:
-        soften(train, Path(arguments.soft_labels), arguments.soft_share)
     if arguments.trunk is not None:
         load_trunk(model, Path(arguments.trunk))
     return fit(model, extractor, train, validation, data, arguments, accelerator)
@@ -103,30 +105,22 @@ def start_at_base_rates(model: Any, train: Records) -> None:
             model.heads[f"head_{name}"].bias.copy_(torch.logit(share))
 
 
-def soften(train: Records, file: Path, share: float) -> None:
-    """Mix a model's answers into the labels of the classifications (Furlanello et al. 2018, born-again networks).
+def load_trunk(model: EcgMoeForTasks, folder: Path) -> None:
+    """Take over the residual trunk that `benchmarks/plain_cnn.py` trained with plain heads.
 
     Raises:
-        ValueError: the answers are of other recordings.
+        FileNotFoundError: the folder lacks the weights, or the arguments they were trained with.
     """
-    with safe_open(file, "pt") as answers:
-        found, expected = (answers.metadata() or {}).get("records", ""), records_hash(train)
-        if found != expected:
-            raise ValueError(f"{file} answers for records {found or 'unknown'}, the training split is {expected}")
-        for name in set(answers.keys()) & set(train.labels):
-            if TASKS[name].kind != "regression":
-                train.labels[name] = (1.0 - share) * train.labels[name] + share * answers.get_tensor(name)
-
-
-def load_trunk(model: EcgMoeForTasks, folder: Path) -> None:
-    """Take over the residual trunk that `benchmarks/plain_cnn.py` trained with plain heads."""
+    for name in ("model.safetensors", "training.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} lacks {name}; name the folder `model` of a run of plain_cnn.py")
     conv: Any = model.ecgmoe.encoder.temporal.families["conv"]
     weights = load_file(folder / "model.safetensors")
     conv.trunk.load_state_dict({k.removeprefix("trunk."): w for k, w in weights.items() if k.startswith("trunk.")})
 
 
 def fit(
-    model: nn.Module,
+    model: Any,
     extractor: EcgMoeFeatureExtractor,
     train: Records,
     validation: Records,
@@ -134,9 +128,20 @@ def fit(
     arguments: TrainingArguments,
     accelerator: Accelerator,
 ) -> dict[str, float]:
-    """The training loop, for any model that takes the extractor's features and `labels` and gives `loss`, `logits`."""
+    """The training loop, for any model that takes the extractor's features and `labels` and gives `loss`, `logits`.
+
+    Raises:
+        ValueError: the training split does not fill one batch.
+    """
     output_dir = Path(arguments.output_dir)
     rate = extractor.sampling_rate
+    if len(train) < arguments.batch_size * accelerator.num_processes:
+        raise ValueError(
+            f"{len(train)} training records do not fill a batch of {arguments.batch_size} in each of "
+            f"{accelerator.num_processes} processes; lower --batch_size"
+        )
+    for name in set(model.tasks) - set(train.labels):
+        model.heads[f"head_{name}"].requires_grad_(False)  # nothing teaches it
     loader = DataLoader(train, arguments.batch_size, shuffle=True, drop_last=True, collate_fn=_as_is)
     optimizer = torch.optim.AdamW(_parameter_groups(model, arguments.weight_decay), lr=arguments.learning_rate)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(arguments.ema_decay), use_buffers=True)
@@ -148,7 +153,10 @@ def fit(
     )
     accelerator.register_for_checkpointing(schedule, averaged)
     set_seed(arguments.seed, device_specific=True)  # every process disturbs its records in its own way
-    step = _resume(accelerator, arguments)
+    # What a step means: an interrupted run goes on under the same.
+    pace = {name: getattr(arguments, name) for name in ("epochs", "batch_size", "max_steps")}
+    pace["processes"] = accelerator.num_processes
+    step = resume_checkpoint(accelerator, output_dir, pace) if arguments.resume else 0
     metrics: dict[str, float] = {}
     samples = round(arguments.crop_s * rate)
     bar = tqdm(total=total, initial=step, disable=not accelerator.is_main_process, mininterval=10.0)
@@ -161,36 +169,46 @@ def fit(
             whole = arguments.full_every and step % arguments.full_every == 0
             signal = batch["signal"] if whole else crop(batch["signal"], samples, rate)
             signal = disturb(signal, rate, arguments.noise, arguments.lead_dropout)
-            labels = _labels_of_crop(batch["labels"], signal, train)
+            labels = _labels_of_crop(batch["labels"], signal)
             with accelerator.autocast():
-                loss = model(**signal, labels=labels).loss
-            accelerator.backward(loss)
+                output = model(**signal, labels=labels)
+            accelerator.backward(output.loss)
             accelerator.clip_grad_norm_(model.parameters(), arguments.gradient_clip)
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             averaged.update_parameters(accelerator.unwrap_model(model))
-            running.append(loss.detach())
+            running.append(output.loss.detach())
             step += 1
             bar.update()
             if step >= total:
                 break
         line: dict[str, Any] = {"step": step, "epoch": epoch + 1, "loss": torch.stack(running).mean().item()}
+        line |= expert_shares(output.encoder)
         if (epoch + 1) % arguments.evaluate_every == 0 or step >= total:
             metrics = evaluate_quickly(averaged.module, validation, accelerator) if accelerator.is_main_process else {}
             line |= metrics
         line["seconds"] = round(time.time() - began, 1)
         _log(accelerator, output_dir, line)
-        accelerator.save_state(str(output_dir / "checkpoint"))
-        if accelerator.is_main_process:
-            (output_dir / "checkpoint" / "step.json").write_text(json.dumps({"step": step}))
+        save_checkpoint(accelerator, output_dir, step, pace)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         save_model(averaged.module, extractor, output_dir / "model")
-        save_arguments(output_dir / "model", data, arguments)
+        more: dict[str, Any] = {"processes": accelerator.num_processes}
         if arguments.trunk:
-            _note_first_stage(output_dir / "model", Path(arguments.trunk))
+            more["first_stage"] = json.loads((Path(arguments.trunk) / "training.json").read_text())
+        save_arguments(output_dir / "model", data, arguments, **more)
     return metrics
+
+
+def expert_shares(encoder: EcgMoeEncoderOutput | None) -> dict[str, list[float]]:
+    """How much the routers give each expert of a path's last layer, on average over the real elements of a batch."""
+    shares = {}
+    for path, (state, mask) in (encoder.memories() if encoder is not None else {}).items():
+        probs = getattr(encoder, f"{path}_router_probs", None)
+        if probs and state is not None:
+            shares[f"{path}_experts"] = [round(share, 3) for share in probs[-1][mask].mean(dim=0).tolist()]
+    return shares
 
 
 def save_model(model: Any, extractor: EcgMoeFeatureExtractor, folder: Path) -> None:
@@ -200,7 +218,7 @@ def save_model(model: Any, extractor: EcgMoeFeatureExtractor, folder: Path) -> N
     extractor.save_pretrained(folder)
 
 
-def _labels_of_crop(labels: dict[str, Tensor], signal: dict[str, Tensor], records: Records) -> dict[str, Tensor]:
+def _labels_of_crop(labels: dict[str, Tensor], signal: dict[str, Tensor]) -> dict[str, Tensor]:
     """A task that starts from a measurement is asked for the measurement of the crop, where its label is trusted."""
     measured = {"rr_interval_ms": signal["period_s"][:, None] * 1000.0}
     out = {}
@@ -226,21 +244,12 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
 def accelerator_for(arguments: TrainingArguments) -> Accelerator:
     set_seed(arguments.seed)
     project = ProjectConfiguration(project_dir=arguments.output_dir)
-    return Accelerator(mixed_precision=arguments.mixed_precision, project_config=project)
+    loading = DataLoaderConfiguration(use_seedable_sampler=True)  # the order of an epoch survives an interruption
+    return Accelerator(mixed_precision=arguments.mixed_precision, project_config=project, dataloader_config=loading)
 
 
 def _as_is(batch: Any) -> Any:
     return batch
-
-
-def _resume(accelerator: Accelerator, arguments: TrainingArguments) -> int:
-    checkpoint = Path(arguments.output_dir) / "checkpoint"
-    if not arguments.resume:
-        return 0
-    if not (checkpoint / "step.json").is_file():
-        raise FileNotFoundError(f"no checkpoint to resume in {checkpoint}; leave out --resume to start anew")
-    accelerator.load_state(str(checkpoint))
-    return int(json.loads((checkpoint / "step.json").read_text())["step"])
 
 
 def _log(accelerator: Accelerator, output_dir: Path, line: dict[str, Any]) -> None:
@@ -253,18 +262,11 @@ def _log(accelerator: Accelerator, output_dir: Path, line: dict[str, Any]) -> No
     accelerator.print(json.dumps(rounded))
 
 
-def save_arguments(folder: Path, *arguments: Any) -> None:
+def save_arguments(folder: Path, *arguments: Any, **more: Any) -> None:
     """Write the resolved arguments beside the weights, without the paths of this machine."""
-    paths = ("data_dir", "cache_dir", "output_dir", "model", "model_config", "trunk", "soft_labels")
+    paths = ("data_dir", "cache_dir", "output_dir", "model", "model_config", "trunk")
     merged = {k: v for a in arguments for k, v in dataclasses.asdict(a).items() if k not in paths}
-    (folder / "training.json").write_text(json.dumps(merged, indent=2) + "\n")
-
-
-def _note_first_stage(folder: Path, trunk: Path) -> None:
-    """Add the arguments of the run that trained the trunk to those of the run that went on from it."""
-    values = json.loads((folder / "training.json").read_text())
-    values["first_stage"] = json.loads((trunk / "training.json").read_text())
-    (folder / "training.json").write_text(json.dumps(values, indent=2) + "\n")
+    (folder / "training.json").write_text(json.dumps(merged | more, indent=2) + "\n")
 
 
 # --------------------------------------------------------------------------------------------------------------- adapt
@@ -307,15 +309,18 @@ def adapt(data: DataArguments, arguments: AdaptArguments) -> dict[str, MetricRes
     set_seed(arguments.seed)
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
     tasks = [Task.from_json_file(name) if name.endswith(".json") else find_task(name) for name in arguments.task]
-    model = EcgMoeForTasks.from_pretrained(arguments.model)
+    model = EcgMoeForTasks.from_pretrained(arguments.model, dtype=torch.float32)
     extractor = EcgMoeFeatureExtractor.from_pretrained(arguments.model)
     with accelerator.main_process_first():
-        records = {s: Records(load_split(data, s), extractor, tasks, data.num_proc) for s in ("train", "validation")}
+        rows = {split: load_split(data, split) for split in ("train", "validation")}
+        records = {s: Records(rows[s], extractor, tasks, data.num_proc) for s in rows}
+        fewer = {
+            count: Records(rows["validation"], extractor, tasks, data.num_proc, leads)
+            for count, leads in FEWER_LEADS.items()
+        }
     for task in tasks:
         if task.name not in records["train"].labels:
             raise ValueError(f"task {task.name} reads the column {task.column!r}, which {data.dataset} does not have")
-    rows = load_split(data, "validation")
-    fewer = {count: Records(rows, extractor, tasks, data.num_proc, leads) for count, leads in FEWER_LEADS.items()}
     train: Records | EncodedRecords = records["train"]
     validation: dict[int, Records | EncodedRecords] = {NUM_LEADS: records["validation"], **fewer}
     if arguments.lora_scope == "fusion":
@@ -326,7 +331,7 @@ def adapt(data: DataArguments, arguments: AdaptArguments) -> dict[str, MetricRes
         }
     results = {}
     for task in tasks:
-        fresh = EcgMoeForTasks.from_pretrained(arguments.model)
+        fresh = EcgMoeForTasks.from_pretrained(arguments.model, dtype=torch.float32)
         wrapped = lora_model(
             fresh, task, arguments.lora_rank, arguments.lora_alpha, arguments.lora_dropout, arguments.lora_scope
         )
@@ -374,6 +379,7 @@ def fit_adapter(
         )
         return value, {name: p.detach().clone() for name, p in trained.items()}
 
+    rate = accelerator.unwrap_model(prepared).base_model.model.config.sampling_rate
     step, sign = 0, 1.0 if find_metric(task.metric).higher_is_better else -1.0
     best = measure()
     course = [best[0]]
@@ -381,7 +387,7 @@ def fit_adapter(
         for batch in loader:
             prepared.train()
             accelerator.unwrap_model(prepared).base_model.model.ecgmoe.encoder.eval()
-            inputs = {"encoder_output": batch["encoded"]} if "encoded" in batch else disturb(batch["signal"], 100)
+            inputs = {"encoder_output": batch["encoded"]} if "encoded" in batch else disturb(batch["signal"], rate)
             with accelerator.autocast():
                 output = prepared(**inputs, labels={task.name: batch["labels"][task.name]}, tasks=[task.name])
             accelerator.backward(output.loss)

@@ -3,7 +3,7 @@
     python -m benchmarks.plain_cnn benchmarks/configs/plain_cnn.json
 
 Same recordings, crops, disturbances, optimiser and schedule as ECG-MoE (`train.fit`); it sees the signal, no beats.
-ECG-MoE's training starts from its trunk and from its answers for the training split, `answers.safetensors`.
+ECG-MoE's training starts from its trunk.
 """
 
 import logging
@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from evaluation import predict_logits, records_hash
 from modeling_ecgmoe.configuration_ecgmoe import PRETRAINING_TASKS, EcgMoeConfig
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeTaskOutput, task_loss
@@ -36,7 +35,9 @@ class PlainCnn(nn.Module):
             len(config.leads), config.conv_channels, config.conv_kernels, config.conv_blocks, config.drop_path
         )
         self.dropout = nn.Dropout(0.3)
-        self.heads = nn.ModuleDict({f"head_{name}": nn.Linear(512, t.num_outputs) for name, t in self.tasks.items()})
+        self.heads = nn.ModuleDict(
+            {f"head_{name}": nn.Linear(2 * config.conv_channels[-1], t.num_outputs) for name, t in self.tasks.items()}
+        )
 
     def forward(self, input_values: Tensor, labels: dict[str, Tensor] | None = None, **other: Any) -> EcgMoeTaskOutput:
         """Takes what the feature extractor gives and leaves the beats in `other` alone."""
@@ -45,7 +46,9 @@ class PlainCnn(nn.Module):
         logits = {name: self.heads[f"head_{name}"](pooled) for name in self.tasks}
         if labels is None:
             return EcgMoeTaskOutput(logits=logits)
-        losses = {name: task_loss(task, logits[name], labels[name]) for name, task in self.tasks.items()}
+        losses = {
+            name: task_loss(task, logits[name], labels[name]) for name, task in self.tasks.items() if name in labels
+        }
         loss = torch.stack([self.tasks[name].loss_weight * value for name, value in losses.items()]).sum()
         return EcgMoeTaskOutput(loss=loss, logits=logits, losses=losses)
 
@@ -75,19 +78,6 @@ def main(argv: list[str]) -> None:
         )
     start_at_base_rates(model, train)
     fit(model, extractor, train, validation, data, arguments, accelerator)
-    if accelerator.is_main_process:
-        save_answers(Path(arguments.output_dir), train)
-
-
-def save_answers(folder: Path, records: Records) -> None:
-    """Write what the trained network answers for recordings, as probabilities: ECG-MoE's soft labels."""
-    logits = predict_logits(PlainCnn.from_pretrained(folder / "model"), records, torch.device("cpu"))
-    answers = {
-        name: torch.from_numpy(TASKS[name].answers(values)).float().contiguous()
-        for name, values in logits.items()
-        if TASKS[name].kind != "regression"
-    }
-    save_file(answers, folder / "answers.safetensors", metadata={"records": records_hash(records)})
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from records import DataArguments, Records, load_split
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = ("arrhythmia", "statements", "superclass", "age", "sex", "rr_interval")
 GROUPS = {"diagnostic": DIAGNOSTIC_STATEMENTS, "form": FORM_STATEMENTS}
+COMMAND = "python -m benchmarks.quality --data_dir ptb-xl --cnn runs/plain_cnn/model"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "scikit-learn", "sleepecg", "neurokit2")
 
 
@@ -146,7 +147,7 @@ def main() -> None:
     fold = {"validation": "fold 9", "test": "fold 10"}[arguments.split]
     result = {
         "name": arguments.out.stem,
-        "command": f"python -m benchmarks.quality --split {arguments.split}",
+        "command": f"{COMMAND} --split {arguments.split}",
         "seed": 0,
         **origin(),
         "data": {"set": f"PTB-XL 1.0.3, 100 Hz, {fold}", "records": len(records)},

@@ -179,4 +179,4 @@ def best_threshold(probabilities: np.ndarray, truth: np.ndarray) -> float:
     f1 = 2 * hits / (np.arange(1, len(truth) + 1) + truth.sum())
     best = int(np.argmax(f1))
     following = probabilities[order][best + 1] if best + 1 < len(order) else 0.0
-    return round(float(0.5 * (probabilities[order][best] + following)), 4)
+    return float(0.5 * (probabilities[order][best] + following))

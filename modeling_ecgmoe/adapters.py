@@ -7,6 +7,7 @@ each adapter is merged into a copy of the fusion's weights, the copies are stack
 import copy
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,11 @@ from torch import Tensor
 from .adapter_card import CARD_FILE, AdapterCard
 from .feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from .fusion import LORA_TARGETS
+from .leads import LEADS
 from .modeling_ecgmoe import EcgMoeEncoderOutput, EcgMoeForTasks, add_prior
 from .tasks import Task
+
+logger = logging.getLogger(__name__)
 
 # What adapters call their base; the fingerprint in their card is what is checked.
 BASE_MODEL = "ecg-moe/ecg-moe-base"
@@ -64,8 +68,7 @@ def lora_model(
     """
     if scope not in LORA_SCOPES:
         raise ValueError(f"unknown LoRA scope {scope!r}; known are {', '.join(LORA_SCOPES)}")
-    if f"head_{task.name}" not in model.heads:
-        model.add_task(task)
+    _match_head(model, task)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -75,6 +78,12 @@ def lora_model(
         modules_to_save=[f"head_{task.name}"],
     )
     return get_peft_model(model, config, adapter_name=task.name)
+
+
+def _match_head(model: EcgMoeForTasks, task: Task) -> None:
+    """Give the model a head for the task, a new one where its own of that name is of another question."""
+    if task.name not in model.tasks or not model.tasks[task.name].reads_like(task):
+        model.add_task(task)
 
 
 def save_adapter(model: PeftModel, card: AdapterCard, folder: Path) -> None:
@@ -160,6 +169,8 @@ class MultiTask:
                 `me/ecg-moe-<task>`.
             revision: of the model on the Hub.
 
+        Of a model on the Hub, tasks without an adapter of their own there are passed over, and named in the log.
+
         Raises:
             FileNotFoundError: there is no model or no adapter; the message lists those there are.
             ValueError: an adapter was made for another base, or adapts more than the fusion.
@@ -168,7 +179,12 @@ class MultiTask:
         loaded = EcgMoeForTasks.from_pretrained(folder, dtype=torch.float32)
         many = cls(loaded, EcgMoeFeatureExtractor.from_pretrained(folder))
         for source in _adapter_sources(str(model), folder, tasks):
-            many.load(source)
+            try:
+                many.load(source)
+            except FileNotFoundError as error:
+                if tasks is not None or Path(model).is_dir():
+                    raise
+                logger.warning("the task is left out: %s", error)
         return many
 
     def load(self, source: str | Path, revision: str | None = None) -> str:
@@ -199,20 +215,22 @@ class MultiTask:
     def prepare(self, signal: np.ndarray, sampling_rate: float, lead_names: Sequence[str]) -> Prepared:
         """Make a recording of any length ready; see `EcgMoeFeatureExtractor` for arguments and errors."""
         self.extractor.check(signal, sampling_rate)
-        windows, refused = [], None
+        windows, refused = [], []
         for window in self.extractor.windows(signal, sampling_rate):
             try:
                 windows.append(self.extractor.extract(window, sampling_rate, lead_names))
             except ValueError as error:
                 # One bad stretch of a long recording does not lose the rest.
-                refused = error
+                refused.append(error)
         if not windows:
-            raise refused or ValueError("the recording holds no window")
+            raise refused[0]
         quality = dict(windows[0]["quality"])
+        flat = {lead for w in windows for lead in w["quality"]["flat_leads"]}
+        quality["flat_leads"] = [lead for lead in LEADS if lead in flat]
         quality["beats"] = sum(w["quality"]["beats"] for w in windows)
         for share in ("clipped", "missing"):
             quality[share] = round(float(np.mean([w["quality"][share] for w in windows])), 4)
-        quality["windows"] = len(windows)
+        quality |= {"windows": len(windows), "windows_refused": len(refused)}
         return Prepared(windows, quality, list(quality["leads"]))
 
     def answer(self, prepared: Sequence[Prepared], batch_size: int = 32) -> list[dict[str, dict[str, Any]]]:
@@ -305,8 +323,7 @@ def default_model() -> Path:
 def _merged(model: EcgMoeForTasks, task: Task, folder: Path) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor], int]:
     """The fusion's weights with an adapter merged in, the adapter's head, and its size; read through PEFT."""
     model = copy.deepcopy(model)  # PEFT changes what it wraps
-    if task.name not in model.tasks:
-        model.add_task(task)
+    _match_head(model, task)
     wrapped = PeftModel.from_pretrained(model, str(folder), adapter_name=task.name)
     adapted = [name for name, module in wrapped.named_modules() if isinstance(module, LoraLayer)]
     if any(".ecgmoe.fusion." not in name for name in adapted):

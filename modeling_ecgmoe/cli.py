@@ -265,6 +265,7 @@ def load_model(model: str | None, tasks: Sequence[str] | None) -> "MultiTask":
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        from huggingface_hub.errors import StrictDataclassError
         from safetensors import SafetensorError
         from transformers.utils import logging
 
@@ -275,7 +276,7 @@ def load_model(model: str | None, tasks: Sequence[str] | None) -> "MultiTask":
         try:
             model = model or str(default_model())
             many = MultiTask.from_pretrained(model, tasks)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except (OSError, TypeError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
             raise CommandError(" ".join(str(error).split())) from error
     if not many.cards:
         raise CommandError(f"no task adapters lie beside {model}; name some with --tasks")

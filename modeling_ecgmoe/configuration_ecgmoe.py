@@ -93,7 +93,7 @@ class EcgMoeConfig(PreTrainedConfig):
     record_size: int = 320
     dropout: float = 0.1
     head_dropout: float = 0.2
-    drop_path: float = 0.1
+    drop_path: float = 0.05
     initializer_range: float = 0.02
     tasks: dict[str, Any] | None = None
 

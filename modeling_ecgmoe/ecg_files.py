@@ -168,15 +168,18 @@ def find_ecgs(paths: Iterable[str | Path]) -> list[Path]:
     Returns:
         in the order of `paths`, sorted within a folder.
     """
-    found: dict[Path, None] = {}
+    found: dict[Path, Path] = {}  # a path however it is written, to the path as it was given
     for path in map(Path, paths):
         if not path.is_dir():
-            found[_complete_path(path)] = None
+            path = _complete_path(path)
+            found.setdefault(path.absolute(), path)
             continue
         candidates = sorted(p for p in path.rglob("*") if p.suffix.lower() in READERS and p.is_file())
         segments = {p for header in candidates if header.suffix == ".hea" for p in _segment_headers(header)}
-        found |= dict.fromkeys(p for p in candidates if p not in segments and _looks_like_ecg(p))
-    return list(found)
+        for candidate in candidates:
+            if candidate not in segments and _looks_like_ecg(candidate):
+                found.setdefault(candidate.absolute(), candidate)
+    return list(found.values())
 
 
 def _complete_path(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""From ECG files to output lines: what the command line, the pipeline and the Space share.
+"""From ECG files to output lines: what the command line and the Space share.
 
 A line is the JSON object of one record: record, path, status, sampling_rate, leads, duration_s, quality and tasks, or
 record, path, status "error" and error.
@@ -26,7 +26,8 @@ class FileFacts:
 
     Args:
         sampling_rate: in Hz.
-        leads: the channels of a file that does not name them, in file order; of one that does, the leads to use.
+        leads: the channels of a file that does not name them, or not as leads, in file order; of another the leads to
+            use.
         unit: "V", "mV", "uV" or "nV".
     """
 
@@ -64,6 +65,9 @@ def read_record(path: Path, facts: FileFacts) -> Ecg:
         return read_ecg(path, sampling_rate=facts.sampling_rate, lead_names=facts.leads, unit=facts.unit)
     if facts.leads is None:
         return ecg
+    if not any(map(find_lead, ecg.lead_names)) and len(ecg.lead_names) == len(facts.leads):
+        # The file's own names ("ECG1", "chan 2") say nothing: the caller names its channels.
+        return read_ecg(path, sampling_rate=facts.sampling_rate, lead_names=facts.leads, unit=facts.unit)
     wanted = {find_lead(name): name for name in facts.leads}
     rows = [row for row, name in enumerate(ecg.lead_names) if find_lead(name) in wanted and find_lead(name)]
     missing = set(wanted) - {find_lead(ecg.lead_names[row]) for row in rows}

@@ -43,7 +43,7 @@ class Experts(nn.Module):
     """Gated feed-forward experts as 3-D parameters.
 
     The form here computes all experts for all elements and weighs the chosen ones: with a few small experts this is
-    faster on CPUs than sorting elements (see `benchmarks/`). `experts_implementation="grouped_mm"` or `"batched_mm"`
+    faster on CPUs than sorting elements. `experts_implementation="grouped_mm"` or `"batched_mm"`
     of `from_pretrained` computes the chosen ones only.
     """
 

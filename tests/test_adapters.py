@@ -457,3 +457,19 @@ def test_an_old_checkpoint_keeps_its_fingerprint(golden: tuple[MultiTask, dict[s
     # Every published adapter names its base by it.
     many, expected = golden
     assert many.base == str(expected["fingerprint"]) == many.cards["age"].base
+
+
+def test_an_adapter_may_ask_another_question_under_a_name_of_the_base(
+    windows: list[dict[str, Any]], batch: dict[str, Tensor], tmp_path: Path
+) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    EcgMoeFeatureExtractor().save_pretrained(tmp_path / "model")
+    decades = replace(TASKS["age"], center=6.0, spread=1.7, unit="decades")
+    adapted = lora_model(tiny_model(), decades, rank=2)
+    assert adapted.base_model.model.tasks["age"] == decades
+    card = AdapterCard(decades, fingerprint(model))
+    save_adapter(adapted, card, tmp_path / "adapters" / "age")
+    many = MultiTask.from_pretrained(tmp_path / "model")
+    np.testing.assert_allclose(many.logits(windows)["age"], logits_of(adapted, batch)["age"].numpy(), atol=1e-5)
+    assert many.cards["age"].task.center == 6.0

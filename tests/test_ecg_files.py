@@ -464,6 +464,12 @@ def test_a_path_that_is_named_is_returned_whatever_it_is(write_record: WriteReco
     assert find_ecgs(named) == [folder / "nowhere.hea", path, folder / "scan.jpg"]
 
 
+def test_a_record_counts_once_however_its_path_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((2, 10)))
+    monkeypatch.chdir(tmp_path)
+    assert find_ecgs([Path("a.npy"), tmp_path, tmp_path / "a.npy"]) == [Path("a.npy")]
+
+
 def test_the_segments_of_a_record_do_not_count_as_records(write_record: WriteRecord) -> None:
     path, _ = write_record("seg1")
     (path.parent / "whole.hea").write_text("whole/1 12 250 2500\nseg1 2500\n", encoding="utf-8")

@@ -134,6 +134,7 @@ def test_a_flat_lead_among_twelve_is_masked_and_reported(extractor: EcgMoeFeatur
     features = extractor(ecg(flat_leads=["V3"], noise_mv=0.0) + 0.7, 250, LEADS, return_tensors="np")
     assert [LEADS[i] for i in np.flatnonzero(~features["lead_mask"][0])] == ["V3"]
     assert features["quality"][0]["flat_leads"] == ["V3"]
+    assert "V3" not in features["quality"][0]["leads"]
     assert (features["input_values"][0, LEADS.index("V3")] == 0).all()
     assert features["sample_mask"].all()
 
@@ -222,6 +223,15 @@ def test_infinite_samples_count_as_missing(extractor: EcgMoeFeatureExtractor) ->
     features = extractor(signal, 250, LEADS, return_tensors="np")
     assert np.isfinite(features["input_values"]).all()
     assert features["quality"][0]["missing"] > 0
+
+
+def test_a_flat_limb_lead_derives_no_others(extractor: EcgMoeFeatureExtractor) -> None:
+    signal = ecg(noise_mv=0.01)[:2].copy()
+    signal[0] = 0.2
+    features = extractor(signal, 250, ["I", "II"], return_tensors="np")
+    assert [LEADS[i] for i in np.flatnonzero(features["lead_mask"][0])] == ["II"]
+    assert features["quality"][0]["leads"] == ["II"]
+    assert features["quality"][0]["flat_leads"] == ["I"]
 
 
 # Beats and period

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors import safe_open
+from test_layout import hub_files
 
 from data_builders.synthetic import synthetic_ecg
 from modeling_ecgmoe.adapter_card import AdapterCard
@@ -31,6 +32,7 @@ def answers(many: MultiTask, name: str) -> dict:
 def test_the_code_beside_the_weights_is_the_packages() -> None:
     stale = [p.name for p in MODEL.glob("*.py") if p.read_text() != (ROOT / "modeling_ecgmoe" / p.name).read_text()]
     assert stale == [], "run `make hub`"
+    assert {path.stem for path in MODEL.glob("*.py")} == set(hub_files()), "save the model anew: its imports changed"
 
 
 def test_all_adapters_are_there_and_fit_the_base(many: MultiTask) -> None:

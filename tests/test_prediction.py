@@ -76,6 +76,22 @@ def test_a_choice_of_leads_answers_as_a_file_of_these_leads(many: MultiTask, tmp
     assert chosen["tasks"] == predict_record(many, two)[0]["tasks"]
 
 
+def test_the_caller_names_channels_whose_own_names_say_nothing(many: MultiTask, tmp_path: Path) -> None:
+    ecg = synthetic_ecg(sampling_rate=250).ecg
+    named = write_wfdb(Ecg(ecg.signal[:2], ecg.sampling_rate, ("I", "II")), tmp_path, "named")
+    numbered = write_wfdb(Ecg(ecg.signal[:2], ecg.sampling_rate, ("ECG 8", "ECG 9")), tmp_path, "numbered")
+    assert predict_record(many, numbered)[0]["status"] == "error"
+    line, _ = predict_record(many, numbered, FileFacts(leads=("I", "II")))
+    assert line["tasks"] == predict_record(many, named)[0]["tasks"]
+
+
+def test_windows_that_are_refused_are_counted(many: MultiTask, tmp_path: Path) -> None:
+    signal = synthetic_ecg(sampling_rate=250, duration_s=30).ecg.signal.copy()
+    signal[:, 2500:5000] = 0.0
+    line, _ = predict_record(many, write_wfdb(Ecg(signal, 250.0, LEADS), tmp_path, "gap"))
+    assert (line["quality"]["windows"], line["quality"]["windows_refused"]) == (2, 1)
+
+
 def test_a_lead_that_the_file_does_not_have_is_refused_with_those_it_has(many: MultiTask, tmp_path: Path) -> None:
     ecg = synthetic_ecg(sampling_rate=250).ecg
     path = write_wfdb(Ecg(ecg.signal[:2], ecg.sampling_rate, ("I", "II")), tmp_path, "two")

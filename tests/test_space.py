@@ -205,7 +205,7 @@ def test_the_space_asks_for_the_versions_that_were_tested() -> None:
     extras = project["optional-dependencies"]
     needed = {
         canonicalize_name(requirement.name)
-        for requirement in map(Requirement, [*project["dependencies"], *extras["formats"], *extras["space"]])
+        for requirement in map(Requirement, [*project["dependencies"], *extras["space"]])
     }
     asked = dict(re.findall(r"^([^#=\s]+)==(\S+)$", (SPACE / "requirements.txt").read_text("utf-8"), re.MULTILINE))
     tested = dict(re.findall(r"^([^#=\s]+)==(\S+)$", (ROOT / "constraints.txt").read_text("utf-8"), re.MULTILINE))

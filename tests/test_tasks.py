@@ -126,11 +126,27 @@ def test_a_task_survives_json(task: Task, tmp_path: Path) -> None:
         ({"kind": "regression"}, "a regression has a unit and no labels"),
         ({"spread": 0.0}, "spread must be positive, found 0"),
         ({"spread": float("nan")}, "spread must be positive"),
+        (
+            {"prior": "rr_interval_ms"},
+            "prior must be empty, or for a regression rr_interval_ms; found 'rr_interval_ms'",
+        ),
+        ({"kind": "regression", "labels": (), "prior": "qt_ms"}, "for a regression rr_interval_ms; found 'qt_ms'"),
     ],
 )
 def test_a_task_that_contradicts_itself_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(COLOURS, **changes)
+
+
+def test_the_main_metric_follows_from_the_kind() -> None:
+    assert Task("ef", "regression", "ejection fraction", "ef").metric == "mae"
+    assert Task("low", "binary", "low ejection fraction", "low", labels=("no", "yes")).metric == "macro_auroc"
+
+
+def test_heads_are_alike_where_their_outputs_mean_the_same() -> None:
+    age = TASKS["age"]
+    assert age.reads_like(replace(age, description="another text", column="age_years"))
+    assert not age.reads_like(replace(age, center=50.0))
 
 
 def test_a_field_that_no_task_has_is_refused_with_those_it_has() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal as process_signal
 import subprocess
 import sys
@@ -104,6 +105,8 @@ def test_the_log_says_how_far_and_how_well(pretrained: Path) -> None:
     assert line["step"] == 2
     assert np.isfinite(line["loss"])
     assert np.isfinite(line["age_mae"])
+    for path in ("morphology", "rhythm"):
+        assert sum(line[f"{path}_experts"]) == pytest.approx(1.0, abs=0.01)
     # The mean interval is measured, not learned: right from the first step.
     assert line["rr_interval_mae"] < 60
 
@@ -154,7 +157,7 @@ def test_evaluation_writes_the_metric_of_each_adapter_with_its_interval(
 
 @pytest.fixture(scope="module")
 def plain(data: dict[str, Any], workplace: Path) -> Path:
-    """A folder with the plain CNN after a step, and its answers for the training split."""
+    """A folder with the plain CNN after a step."""
     folder = workplace / "plain"
     plain_cnn.main(arguments(data | {"output_dir": folder, "max_steps": 1, "batch_size": 8}))
     return folder
@@ -174,33 +177,18 @@ def test_a_trunk_of_other_sizes_is_refused(plain: Path) -> None:
         train.load_trunk(tiny_model(), plain / "model")
 
 
-def test_soft_labels_lie_between_the_labels_and_the_plain_networks_answers(plain: Path, data: dict[str, Any]) -> None:
-    tasks = [TASKS[name] for name in ("age", "sex", "superclass")]
-    records = Records(load_split(DataArguments(**data), "train"), EcgMoeFeatureExtractor(), tasks)
-    hard = {name: value.clone() for name, value in records.labels.items()}
-    train.soften(records, plain / "answers.safetensors", 0.25)
-    answers = load_file(plain / "answers.safetensors")
-    torch.testing.assert_close(records.labels["age"], hard["age"], equal_nan=True)
-    for name in ("sex", "superclass"):
-        torch.testing.assert_close(records.labels[name], 0.75 * hard[name] + 0.25 * answers[name], equal_nan=True)
-
-
-def test_soft_labels_for_other_recordings_are_refused(plain: Path, data: dict[str, Any]) -> None:
-    records = Records(load_split(DataArguments(**data), "validation"), EcgMoeFeatureExtractor(), [TASKS["sex"]])
-    with pytest.raises(ValueError, match=r"answers\.safetensors answers for records .*, the training split is"):
-        train.soften(records, plain / "answers.safetensors", 0.25)
-
-
-def test_pretraining_takes_both_from_files(plain: Path, data: dict[str, Any], workplace: Path) -> None:
-    values = data | {
-        "output_dir": workplace / "warm",
-        "max_steps": 1,
-        "batch_size": 8,
-        "trunk": plain / "model",
-        "soft_labels": plain / "answers.safetensors",
-    }
+def test_pretraining_notes_the_stage_it_starts_from(plain: Path, data: dict[str, Any], workplace: Path) -> None:
+    values = data | {"output_dir": workplace / "warm", "max_steps": 1, "batch_size": 8, "trunk": plain / "model"}
     train.main(["pretrain", *arguments(values)])
-    assert "soft_share" in json.loads((workplace / "warm" / "model" / "training.json").read_text())
+    noted = json.loads((workplace / "warm" / "model" / "training.json").read_text())
+    assert noted["first_stage"] == json.loads((plain / "model" / "training.json").read_text())
+    assert noted["processes"] == 1
+
+
+def test_a_trunk_without_its_arguments_is_refused(plain: Path, tmp_path: Path) -> None:
+    shutil.copy(plain / "model" / "model.safetensors", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"lacks training\.json; name the folder `model`"):
+        train.load_trunk(EcgMoeForTasks(EcgMoeConfig()), tmp_path)
 
 
 # Interrupted and parallel
@@ -261,6 +249,39 @@ def test_an_unknown_command_is_answered_with_the_known_ones(argv: list[str]) -> 
 def test_resuming_without_a_checkpoint_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no checkpoint to resume in .*leave out --resume"):
         train.main(["pretrain", *arguments(settings | {"output_dir": tmp_path, "resume": True})])
+
+
+def test_resuming_under_another_pace_is_refused(settings: dict[str, Any], pretrained: Path) -> None:
+    values = settings | {"output_dir": pretrained, "max_steps": 3, "resume": True}
+    with pytest.raises(ValueError, match=r"the interrupted run had .*'max_steps': 2.*, this one has .*'max_steps': 3"):
+        train.main(["pretrain", *arguments(values)])
+
+
+def test_too_few_records_for_a_batch_are_refused(settings: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"5 training records do not fill a batch of 8 .* lower --batch_size"):
+        train.main(["pretrain", *arguments(settings | {"output_dir": tmp_path, "max_records": 5})])
+
+
+def test_a_model_and_a_configuration_at_once_are_refused(
+    settings: dict[str, Any], pretrained: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="pass --model or --model_config"):
+        train.main(["pretrain", *arguments(settings | {"output_dir": tmp_path, "model": pretrained / "model"})])
+
+
+@pytest.mark.parametrize("killed", ["while writing", "while changing places"])
+def test_a_kill_leaves_a_whole_checkpoint(settings: dict[str, Any], workplace: Path, killed: str) -> None:
+    folder = workplace / killed.replace(" ", "_")
+    values = settings | {"output_dir": folder, "epochs": 1}
+    train.main(["pretrain", *arguments(values)])
+    old, new = folder / "checkpoint", folder / "checkpoint.new"
+    shutil.copytree(old, new)
+    torn = new if killed == "while writing" else old
+    (torn / "step.json").unlink()
+    (torn / "model.safetensors").write_bytes(b"torn")
+    shutil.rmtree(folder / "model")
+    train.main(["pretrain", *arguments(values | {"resume": True})])
+    assert (folder / "model" / "model.safetensors").is_file()
 
 
 def test_adapting_needs_a_task(pretrained: Path, data: dict[str, Any]) -> None:

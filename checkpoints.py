@@ -1,0 +1,45 @@
+"""Checkpoints of a training run: killed at any moment, it goes on from a whole one."""
+
+import json
+import shutil
+from pathlib import Path
+
+from accelerate import Accelerator
+
+
+def save_checkpoint(accelerator: Accelerator, folder: Path, step: int, pace: dict[str, int | None]) -> None:
+    """Write the state beside the last checkpoint of `folder`, and let it take its place once it is whole.
+
+    Args:
+        step: how many steps are done.
+        pace: what a step means; whoever goes on must have the same.
+    """
+    old, new = folder / "checkpoint", folder / "checkpoint.new"
+    accelerator.save_state(str(new))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (new / "step.json").write_text(json.dumps({"step": step} | pace))
+        (old / "step.json").unlink(missing_ok=True)
+        shutil.rmtree(old, ignore_errors=True)
+        new.rename(old)
+    accelerator.wait_for_everyone()
+
+
+def resume_checkpoint(accelerator: Accelerator, folder: Path, pace: dict[str, int | None]) -> int:
+    """Load the last whole checkpoint of `folder`; returns the steps that are done.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the interrupted run had another pace.
+    """
+    whole = [f for f in (folder / "checkpoint", folder / "checkpoint.new") if (f / "step.json").is_file()]
+    if not whole:
+        raise FileNotFoundError(
+            f"no checkpoint to resume in {folder / 'checkpoint'}; leave out --resume to start anew"
+        )
+    noted = json.loads((whole[0] / "step.json").read_text())
+    step = int(noted.pop("step"))
+    if noted != pace:
+        raise ValueError(f"the interrupted run had {noted}, this one has {pace}; resume with the same")
+    accelerator.load_state(str(whole[0]))
+    return step
