@@ -326,8 +326,9 @@ def test_records_hold_what_the_extractor_gives(records: Records, mini_ptb_xl: Pa
     assert set(batch["labels"]) == {"age", "superclass"}
 
 
-def test_encoded_records_are_answered_nearly_as_the_recordings(records: Records) -> None:
-    model, cpu = tiny_model().eval(), torch.device("cpu")
+@pytest.mark.parametrize("changes", [{}, {"paths": ["morphology"]}, {"paths": ["rhythm"]}, {"period_aware": False}])
+def test_encoded_records_are_answered_nearly_as_the_recordings(records: Records, changes: dict[str, Any]) -> None:
+    model, cpu = tiny_model(**changes).eval(), torch.device("cpu")
     direct = evaluation.predict_logits(model, records, cpu, ["age", "superclass"])
     encoded = evaluation.predict_logits(model, EncodedRecords(model, records, cpu), cpu, ["age", "superclass"])
     for name, logits in direct.items():

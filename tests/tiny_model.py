@@ -1,6 +1,7 @@
 """A model small enough to be built in a test, saved with adapters in the layout of `hub/`: what the programs load."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +16,14 @@ from modeling_ecgmoe.tasks import TASKS
 TINY_TASKS = ("age", "arrhythmia", "rr_interval", "sex", "superclass")
 
 
-def tiny_model() -> EcgMoeForTasks:
-    """All parts of the architecture, a few numbers each, random weights that are the same every time."""
+def tiny_model(**changes: Any) -> EcgMoeForTasks:
+    """All parts of the architecture, a few numbers each, random weights that are the same every time.
+
+    Args:
+        changes: fields of the configuration that shall be others.
+    """
     torch.manual_seed(0)
-    config = EcgMoeConfig(
+    sizes: dict[str, Any] = dict(
         hidden_size=16,
         conv_channels=(4, 8, 8, 8),
         conv_blocks=(1, 1, 1),
@@ -34,7 +39,7 @@ def tiny_model() -> EcgMoeForTasks:
         record_size=32,
         tasks={name: TASKS[name].to_dict() for name in TINY_TASKS},
     )
-    return EcgMoeForTasks(config)
+    return EcgMoeForTasks(EcgMoeConfig(**(sizes | changes)))
 
 
 def save_tiny_model(folder: Path, tasks: tuple[str, ...] = TINY_TASKS, simulated: tuple[str, ...] = ()) -> Path:
