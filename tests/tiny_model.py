@@ -23,22 +23,22 @@ def tiny_model(**changes: Any) -> EcgMoeForTasks:
         changes: fields of the configuration that shall be others.
     """
     torch.manual_seed(0)
-    sizes: dict[str, Any] = dict(
-        hidden_size=16,
-        conv_channels=(4, 8, 8, 8),
-        conv_blocks=(1, 1, 1),
-        ssm_channels=8,
-        ssm_states=4,
-        ssm_layers=1,
-        patch_channels=16,
-        beat_size=16,
-        num_attention_heads=2,
-        expert_size=16,
-        num_queries=2,
-        fusion_size=32,
-        record_size=32,
-        tasks={name: TASKS[name].to_dict() for name in TINY_TASKS},
-    )
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "conv_channels": (4, 8, 8, 8),
+        "conv_blocks": (1, 1, 1),
+        "ssm_channels": 8,
+        "ssm_states": 4,
+        "ssm_layers": 1,
+        "patch_channels": 16,
+        "beat_size": 16,
+        "num_attention_heads": 2,
+        "expert_size": 16,
+        "num_queries": 2,
+        "fusion_size": 32,
+        "record_size": 32,
+        "tasks": {name: TASKS[name].to_dict() for name in TINY_TASKS},
+    }
     return EcgMoeForTasks(EcgMoeConfig(**(sizes | changes)))
 
 
