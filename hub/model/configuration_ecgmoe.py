@@ -27,15 +27,15 @@ class EcgMoeConfig(PreTrainedConfig):
     families (`list[str]`): temporal feature families, a subset of conv, ssm, patch, trend, period.
     paths (`list[str]`): mixture-of-experts paths, a subset of morphology, rhythm.
     hidden_size (`int`): width D of tokens and beats.
-    conv_channels (`list[int]`): widths of the residual network at strides 2, 4 and 8.
-    conv_kernels (`list[int]`): kernel lengths of the residual network at strides 2, 4 and 8, in samples.
-    conv_blocks (`list[int]`): residual blocks at strides 4 and 8.
+    conv_channels (`list[int]`): widths of the residual network at strides 2, 4, 8 and 16.
+    conv_kernels (`list[int]`): kernel lengths of the residual network at strides 2, 4, 8 and 16.
+    conv_blocks (`list[int]`): residual blocks at strides 4, 8 and 16.
     ssm_channels, ssm_states, ssm_layers (`int`): width, states a channel and depth of the state-space family.
     patch_channels, patch_layers (`int`): width and depth of the patch transformer.
     trend_window_s (`float`): the moving average that splits trend and residual, in seconds.
     phase_bins (`int`): bins of one heart cycle in the period family.
     beat_window_s (`list[float]`): start and end of a beat's window around its R peak, in seconds.
-    beat_channels (`list[int]`): widths of the beat encoder.
+    beat_size (`int`): inner width of the beat encoder.
     path_layers (`int`): attention and mixture layers of each path.
     rhythm_pool (`int`): tokens joined into one coarse token of the rhythm path.
     num_attention_heads (`int`): heads of every attention.
@@ -66,11 +66,11 @@ class EcgMoeConfig(PreTrainedConfig):
     token_stride: int = 8
     families: list[str] | tuple[str, ...] = FAMILIES
     paths: list[str] | tuple[str, ...] = PATHS
-    hidden_size: int = 128
-    conv_channels: list[int] | tuple[int, ...] = (48, 96, 144)
-    conv_kernels: list[int] | tuple[int, ...] = (9, 5, 3)
-    conv_blocks: list[int] | tuple[int, ...] = (1, 2)
-    ssm_channels: int = 64
+    hidden_size: int = 160
+    conv_channels: list[int] | tuple[int, ...] = (48, 64, 128, 256)
+    conv_kernels: list[int] | tuple[int, ...] = (9, 7, 5, 3)
+    conv_blocks: list[int] | tuple[int, ...] = (1, 1, 3)
+    ssm_channels: int = 96
     ssm_states: int = 16
     ssm_layers: int = 2
     patch_channels: int = 96
@@ -78,7 +78,7 @@ class EcgMoeConfig(PreTrainedConfig):
     trend_window_s: float = 0.8
     phase_bins: int = 48
     beat_window_s: list[float] | tuple[float, ...] = (-0.27, 0.45)
-    beat_channels: list[int] | tuple[int, ...] = (64, 96)
+    beat_size: int = 256
     path_layers: int = 1
     rhythm_pool: int = 5
     num_attention_heads: int = 4
@@ -89,11 +89,11 @@ class EcgMoeConfig(PreTrainedConfig):
     router_z_loss_coef: float = 0.001
     period_aware: bool = True
     num_queries: int = 4
-    fusion_size: int = 256
-    record_size: int = 256
+    fusion_size: int = 320
+    record_size: int = 320
     dropout: float = 0.1
     head_dropout: float = 0.2
-    drop_path: float = 0.1
+    drop_path: float = 0.05
     initializer_range: float = 0.02
     tasks: dict[str, Any] | None = None
 
@@ -111,6 +111,9 @@ class EcgMoeConfig(PreTrainedConfig):
                     f"{name}={getattr(self, name)} must be a multiple of 2 * num_attention_heads="
                     f"{2 * self.num_attention_heads}"
                 )
+        for name, length in (("conv_channels", 4), ("conv_kernels", 4), ("conv_blocks", 3)):
+            if len(getattr(self, name)) != length:
+                raise ValueError(f"{name} must have {length} entries, found {list(getattr(self, name))}")
         if not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} must lie between 1 and num_experts={self.num_experts}"

@@ -11,7 +11,7 @@ from transformers import BatchFeature
 from transformers.feature_extraction_utils import FeatureExtractionMixin
 
 from .beats import autocorrelation_period_s, find_r_peaks, mean_rr_s, rise, rr_intervals
-from .leads import LEADS, NUM_LEADS, arrange_leads
+from .leads import LEADS, NUM_LEADS, arrange_leads, find_lead
 
 MIN_SAMPLING_RATE = 50.0
 MAX_SAMPLING_RATE = 10_000.0
@@ -110,12 +110,15 @@ class EcgMoeFeatureExtractor(FeatureExtractionMixin):
         if duration_s > self.window_s:
             signal = signal[:, : round(self.window_s * sampling_rate)]
         arranged, used = arrange_leads(signal, lead_names)
-        known = np.isfinite(arranged)
-        missing_share = 1.0 - float(known[known.any(axis=1)].mean())
-        flat = [LEADS[i] for i in range(NUM_LEADS) if known[i].any() and np.ptp(arranged[i][known[i]]) < FLAT_MV]
-        lead_mask = known.any(axis=1) & ~np.isin(LEADS, flat)
-        if not lead_mask.any():
+        flat = [lead for lead in used if _is_flat(arranged[LEADS.index(lead)])]
+        if len(flat) == len(used):
             raise ValueError(f"all leads are flat ({', '.join(flat)}); is an electrode connected, is the gain right?")
+        if flat:  # they are not there, and derive no others
+            kept = [i for i, name in enumerate(lead_names) if find_lead(name) not in flat]
+            arranged, used = arrange_leads(signal[kept], [lead_names[i] for i in kept])
+        known = np.isfinite(arranged)
+        lead_mask = known.any(axis=1)
+        missing_share = 1.0 - float(known[lead_mask].mean())
         values_mv, sample_known = self.resample(arranged, known, sampling_rate)
         clipped = np.abs(values_mv) > self.clip_mv
         values_mv = np.clip(values_mv, -self.clip_mv, self.clip_mv) * (sample_known & lead_mask[:, None])
@@ -213,6 +216,12 @@ class EcgMoeFeatureExtractor(FeatureExtractionMixin):
         features = BatchFeature(batch, tensor_type=return_tensors)
         features["quality"] = [record["quality"] for record in records]
         return features
+
+
+def _is_flat(row: np.ndarray) -> bool:
+    """Whether a lead has samples that are all alike."""
+    known = row[np.isfinite(row)]
+    return len(known) > 0 and float(np.ptp(known)) < FLAT_MV
 
 
 def _one_for_each(value: Any, count: int, name: str, shared: bool) -> list[Any]:

@@ -34,7 +34,7 @@ class QueryPooling(nn.Module):
 
 class Fusion(nn.Module):
     """Level 1 pools tokens, beats and rhythm with learned queries; level 2 lets the pooled states speak to each other;
-    level 3 writes the record's embedding."""
+    level 3 writes the record's embedding from them and from the mean and the extremes of the tokens."""
 
     def __init__(self, config: EcgMoeConfig) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Fusion(nn.Module):
         self.attention = Attention(size, config.num_attention_heads)
         self.up_proj, self.down_proj = nn.Linear(size, config.fusion_size), nn.Linear(config.fusion_size, size)
         num_states = config.num_queries * (1 + len(config.paths)) + 1
-        self.out_proj = nn.Linear(num_states * size, config.record_size)
+        self.out_proj = nn.Linear((num_states + 2) * size, config.record_size)
         self.norm = nn.LayerNorm(config.record_size)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -57,12 +57,13 @@ class Fusion(nn.Module):
             pooled, weights[name] = pooling(*memories[name])
             states.append(pooled)
         tokens, mask = memories["tokens"]
-        states.append(self.pooled_proj(_mean_and_max(tokens, mask))[:, None])
+        extent = _mean_and_max(tokens, mask)
+        states.append(self.pooled_proj(extent)[:, None])
         hidden = torch.cat(states, dim=1)
         normed = self.norm1(hidden)
         hidden = hidden + self.dropout(self.attention(normed, normed, None)[0])
         hidden = hidden + self.dropout(self.down_proj(functional.gelu(self.up_proj(self.norm2(hidden)))))
-        return self.norm(self.out_proj(hidden.flatten(1))), weights
+        return self.norm(self.out_proj(torch.cat([hidden.flatten(1), extent], dim=1))), weights
 
 
 def _mean_and_max(tokens: Tensor, mask: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 Axes: b record, n element of a sequence (beat or coarse token), d channel, e expert.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch.nn import functional
 from transformers.integrations import use_experts_implementation
 
 from .configuration_ecgmoe import EcgMoeConfig
-from .temporal import CLOCK_FEATURES, Attention, ConvNorm, DropPath, time_features
+from .temporal import CLOCK_FEATURES, Attention, DropPath, time_features
 
 
 class Routing(NamedTuple):
@@ -44,7 +43,7 @@ class Experts(nn.Module):
     """Gated feed-forward experts as 3-D parameters.
 
     The form here computes all experts for all elements and weighs the chosen ones: with a few small experts this is
-    faster on CPUs than sorting elements (see `benchmarks/`). `experts_implementation="grouped_mm"` or `"batched_mm"`
+    faster on CPUs than sorting elements. `experts_implementation="grouped_mm"` or `"batched_mm"`
     of `from_pretrained` computes the chosen ones only.
     """
 
@@ -144,13 +143,11 @@ class MorphologyPath(nn.Module):
         self.start = round(start_s * config.sampling_rate)
         self.length = round((end_s - start_s) * config.sampling_rate)
         self.stride = config.token_stride
-        wide, wider = config.beat_channels
         self.window = nn.Sequential(
-            ConvNorm(len(config.leads), wide, 7, stride=2),
-            ConvNorm(wide, wider, 5, stride=2),
+            nn.Linear(len(config.leads) * self.length, config.beat_size),
+            nn.GELU(),
+            nn.Linear(config.beat_size, config.hidden_size),
         )
-        positions = math.ceil(math.ceil(self.length / 2) / 2)
-        self.window_project = nn.Linear(wider * positions, config.hidden_size)
         self.token_offsets = (-2, 0, 2, 4)
         self.token_project = nn.Linear(len(self.token_offsets) * config.hidden_size, config.hidden_size)
         self.clock = nn.Linear(CLOCK_FEATURES, config.hidden_size) if config.period_aware else None
@@ -173,8 +170,7 @@ class MorphologyPath(nn.Module):
         share = beat_mask.to(x.dtype) / beat_mask.sum(dim=1, keepdim=True).clamp(min=1)
         mean_window = (windows * share[:, :, None, None]).sum(dim=1, keepdim=True)
         windows = torch.cat([mean_window, windows - mean_window * beat_mask[:, :, None, None]], dim=1)
-        shapes = self.window(windows.flatten(0, 1)).flatten(1)
-        hidden = self.window_project(shapes).unflatten(0, windows.shape[:2])
+        hidden = self.window(windows.flatten(2))
         around = self.token_project(self._tokens_at(tokens, token_mask, r_peaks))
         if self.clock is not None:
             around = around + self.clock(clock_features)

@@ -104,6 +104,7 @@ SUPERCLASS_OF = {s.code: s.superclass for s in STATEMENTS if s.superclass}
 DESCRIPTIONS = {s.code: s.description for s in STATEMENTS}
 
 KINDS = ("regression", "binary", "multi_class", "multi_label")
+PRIORS = ("rr_interval_ms",)
 
 
 @dataclass(frozen=True)
@@ -119,8 +120,9 @@ class Task:
         labels: the names of the classes, in the order of the outputs; empty for a regression.
         unit: the unit of a regression.
         center, spread: a regression is learned as (value - center) / spread.
-        metric: the main metric, a key of `metrics.METRICS`.
-        prior: a measurement of the feature extractor that a regression starts from, "rr_interval_ms" or "".
+        metric: the main metric, a key of `metrics.METRICS`; "mae" of a regression and "macro_auroc" otherwise where
+            not given.
+        prior: a measurement of the feature extractor that a regression starts from, one of `PRIORS`, or "".
         loss_weight: the weight of the task in joint training.
     """
 
@@ -132,7 +134,7 @@ class Task:
     unit: str = ""
     center: float = 0.0
     spread: float = 1.0
-    metric: str = "macro_auroc"
+    metric: str = ""
     prior: str = ""
     loss_weight: float = 1.0
 
@@ -150,6 +152,12 @@ class Task:
             raise ValueError(f"task {self.name}: a binary task has two labels, found {self.labels}")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError(f"task {self.name}: a label occurs twice in {self.labels}")
+        if self.prior and (self.prior not in PRIORS or self.kind != "regression"):
+            raise ValueError(
+                f"task {self.name}: prior must be empty, or for a regression {', '.join(PRIORS)}; found {self.prior!r}"
+            )
+        if not self.metric:
+            object.__setattr__(self, "metric", "mae" if self.kind == "regression" else "macro_auroc")
         if not self.spread > 0:
             raise ValueError(f"task {self.name}: spread must be positive, found {self.spread}")
 
@@ -157,6 +165,11 @@ class Task:
     def num_outputs(self) -> int:
         """How many numbers the head gives."""
         return len(self.labels) if self.kind in ("multi_label", "multi_class") else 1
+
+    def reads_like(self, other: "Task") -> bool:
+        """Whether a head's outputs mean the same under both tasks."""
+        facts = ("name", "kind", "labels", "center", "spread", "prior")
+        return all(getattr(self, fact) == getattr(other, fact) for fact in facts)
 
     def targets(self, values: Sequence[Any]) -> np.ndarray:
         """The truth of many records as numbers.
@@ -251,6 +264,7 @@ TASKS = {
             center=60.0,
             spread=17.0,
             metric="mae",
+            loss_weight=2.0,
         ),
         Task(
             name="sex",
@@ -272,7 +286,7 @@ TASKS = {
             description="the rhythm of the heart, as 12 SCP-ECG rhythm statements",
             column="arrhythmia",
             labels=RHYTHM_STATEMENTS,
-            loss_weight=2.0,
+            loss_weight=4.0,
         ),
         Task(
             name="statements",
@@ -280,7 +294,7 @@ TASKS = {
             description="all 71 SCP-ECG statements of PTB-XL",
             column="statements",
             labels=tuple(s.code for s in STATEMENTS),
-            loss_weight=10.0,
+            loss_weight=20.0,
         ),
         Task(
             name="superclass",

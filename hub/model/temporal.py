@@ -12,6 +12,7 @@ Axes: b record, l lead, t sample, s token, n beat, p phase bin, d channel.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -102,41 +103,57 @@ class ResidualBlock(nn.Module):
         self.second = ConvNorm(channels, channels, kernel, rectify=False)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | float = 1.0) -> Tensor:
         return torch.relu(x + self.drop_path(self.second(self.first(x) * mask)))
 
 
-def stretch(token_mask: Tensor, length: int) -> Tensor:
-    """Which steps of a finer grid lie in real tokens: (b, s) to (b, 1, length)."""
-    return token_mask.repeat_interleave(length // token_mask.shape[1], dim=1)[:, None, :]
+class ResidualTrunk(nn.Module):
+    """A residual network of four stages, at strides 2, 4, 8 and 16."""
+
+    def __init__(
+        self, leads: int, channels: Sequence[int], kernels: Sequence[int], blocks: Sequence[int], drop_path: float
+    ) -> None:
+        super().__init__()
+        sizes = zip((leads, *channels[:-1]), channels, kernels, (0, *blocks), strict=True)
+        self.stages = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    ConvNorm(inputs, outputs, kernel, stride=2),
+                    *(ResidualBlock(outputs, kernel, drop_path) for _ in range(count)),
+                ]
+            )
+            for inputs, outputs, kernel, count in sizes
+        )
+
+    def forward(self, x: Tensor, masks: Sequence[Tensor | float] = (1.0, 1.0, 1.0, 1.0)) -> tuple[Tensor, Tensor]:
+        """x (b, l, t); masks: for each stage (b, 1, steps), 0 on padding, since what normalisation writes there must
+        not reach the signal through the next convolution. Returns what is known at strides 8 and 16."""
+        states = []
+        for (enter, *residuals), mask in zip(self.stages, masks, strict=True):
+            x = enter(x) * mask
+            for block in residuals:
+                x = block(x, mask) * mask
+            states.append(x)
+        return states[-2], states[-1]
 
 
 class ConvFamily(nn.Module):
-    """A residual network of stride 8: (b, l, t) to (b, s, d)."""
+    """The residual network's last two stages side by side: (b, l, t) to (b, s, d)."""
 
     def __init__(self, config: EcgMoeConfig) -> None:
         super().__init__()
-        (low, middle, high), (k2, k4, k8) = config.conv_channels, config.conv_kernels
-        blocks4, blocks8 = config.conv_blocks
-        self.layers = nn.ModuleList(
-            [
-                ConvNorm(len(config.leads), low, k2, stride=2),
-                ConvNorm(low, middle, k4, stride=2),
-                *(ResidualBlock(middle, k4, config.drop_path) for _ in range(blocks4)),
-                ConvNorm(middle, high, k8, stride=2),
-                *(ResidualBlock(high, k8, config.drop_path) for _ in range(blocks8)),
-            ]
+        self.trunk = ResidualTrunk(
+            len(config.leads), config.conv_channels, config.conv_kernels, config.conv_blocks, config.drop_path
         )
-        self.project = nn.Linear(high, config.hidden_size)
+        self.project = nn.Linear(sum(config.conv_channels[-2:]), config.hidden_size)
 
     def forward(self, x: Tensor, token_mask: Tensor) -> Tensor:
-        mask = stretch(token_mask, x.shape[2]).to(x.dtype)
-        for layer in self.layers:
-            # What normalisation writes into padding must not reach the signal through the next convolution.
-            x = layer(x, mask) if isinstance(layer, ResidualBlock) else layer(x)
-            mask = stretch(token_mask, x.shape[2]).to(x.dtype)
-            x = x * mask
-        return self.project(x.transpose(1, 2))
+        num_tokens = token_mask.shape[1]
+        pairs = functional.pad(token_mask, (0, num_tokens % 2), value=False).unflatten(1, (-1, 2)).any(dim=2)
+        masks = [token_mask.repeat_interleave(4, dim=1), token_mask.repeat_interleave(2, dim=1), token_mask, pairs]
+        fine, coarse = self.trunk(x, [mask[:, None, :].to(x.dtype) for mask in masks])
+        coarse = coarse.repeat_interleave(2, dim=2)[..., :num_tokens]
+        return self.project(torch.cat([fine, coarse], dim=1).transpose(1, 2))
 
 
 class StateSpace(nn.Module):
@@ -179,24 +196,22 @@ class StateSpace(nn.Module):
 
 
 class SsmFamily(nn.Module):
-    """State-space layers at half the token stride, pooled to tokens."""
+    """State-space layers on patches of two token strides."""
 
     def __init__(self, config: EcgMoeConfig) -> None:
         super().__init__()
-        stride = config.token_stride // 2
-        self.embed = nn.Conv1d(len(config.leads), config.ssm_channels, 4 * stride, stride, padding=2 * stride)
+        stride = config.token_stride
+        self.embed = nn.Conv1d(len(config.leads), config.ssm_channels, 2 * stride, stride, padding=stride // 2)
         self.layers = nn.ModuleList(
             StateSpace(config.ssm_channels, config.ssm_states) for _ in range(config.ssm_layers)
         )
-        self.project = nn.Linear(2 * config.ssm_channels, config.hidden_size)
+        self.project = nn.Linear(config.ssm_channels, config.hidden_size)
 
     def forward(self, x: Tensor, token_mask: Tensor) -> Tensor:
-        num_tokens = token_mask.shape[1]
-        mask = stretch(token_mask, 2 * num_tokens).float()
-        hidden = self.embed(x)[..., : 2 * num_tokens].transpose(1, 2)
+        hidden = self.embed(x)[..., : token_mask.shape[1]].transpose(1, 2)
         for layer in self.layers:
-            hidden = layer(hidden, mask)
-        return self.project(hidden.reshape(hidden.shape[0], num_tokens, -1))
+            hidden = layer(hidden, token_mask[:, None, :].float())
+        return self.project(hidden)
 
 
 class Attention(nn.Module):
