@@ -3,6 +3,7 @@
 import ast
 import csv
 import hashlib
+import inspect
 import logging
 import os
 from collections.abc import Iterator
@@ -116,7 +117,7 @@ class PtbXl(datasets.GeneratorBasedBuilder):
     def __init__(self, *args: Any, data_dir: str | Path | None = None, **kwargs: Any) -> None:
         if data_dir is None:
             raise ValueError(f"data_dir is missing: {_DOWNLOAD}")
-        # The state of the folder is part of the cache's name: no older build hides a download completed since.
+        # The state of folder and code is part of the cache's name: no older build hides what was completed or mended.
         kwargs.setdefault("hash", _fingerprint(Path(data_dir)))
         super().__init__(*args, data_dir=str(data_dir), **kwargs)
 
@@ -299,8 +300,10 @@ def _shorten(texts: list[str], separator: str) -> str:
 
 
 def _fingerprint(folder: Path) -> str:
-    """A short digest of which files the folder holds and how large they are."""
+    """A short digest of which files the folder holds, how large they are, and of the code that makes rows of them."""
     digest = hashlib.sha256(str(PtbXl.VERSION).encode())
+    for code in (__file__, inspect.getfile(ecg_features), inspect.getfile(read_ecg)):
+        digest.update(Path(code).read_bytes())
     for name in (RECORDS_CSV, STATEMENTS_CSV):
         if (folder / name).is_file():
             status = (folder / name).stat()
