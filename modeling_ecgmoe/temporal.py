@@ -107,6 +107,21 @@ class ResidualBlock(nn.Module):
         return torch.relu(x + self.drop_path(self.second(self.first(x) * mask)))
 
 
+class ResidualStage(nn.ModuleList):
+    """A convolution that halves the rate, and residual blocks after it."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int, blocks: int, drop_path: float) -> None:
+        super().__init__([ConvNorm(inputs, outputs, kernel, stride=2)])
+        self.extend(ResidualBlock(outputs, kernel, drop_path) for _ in range(blocks))
+
+    def forward(self, x: Tensor, mask: Tensor | float) -> Tensor:
+        enter, *residuals = self
+        x = enter(x) * mask
+        for block in residuals:
+            x = block(x, mask) * mask
+        return x
+
+
 class ResidualTrunk(nn.Module):
     """A residual network of four stages, at strides 2, 4, 8 and 16."""
 
@@ -115,24 +130,14 @@ class ResidualTrunk(nn.Module):
     ) -> None:
         super().__init__()
         sizes = zip((leads, *channels[:-1]), channels, kernels, (0, *blocks), strict=True)
-        self.stages = nn.ModuleList(
-            nn.ModuleList(
-                [
-                    ConvNorm(inputs, outputs, kernel, stride=2),
-                    *(ResidualBlock(outputs, kernel, drop_path) for _ in range(count)),
-                ]
-            )
-            for inputs, outputs, kernel, count in sizes
-        )
+        self.stages = nn.ModuleList(ResidualStage(*size, drop_path) for size in sizes)
 
     def forward(self, x: Tensor, masks: Sequence[Tensor | float] = (1.0, 1.0, 1.0, 1.0)) -> tuple[Tensor, Tensor]:
         """x (b, l, t); masks: for each stage (b, 1, steps), 0 on padding, since what normalisation writes there must
         not reach the signal through the next convolution. Returns what is known at strides 8 and 16."""
         states = []
-        for (enter, *residuals), mask in zip(self.stages, masks, strict=True):
-            x = enter(x) * mask
-            for block in residuals:
-                x = block(x, mask) * mask
+        for stage, mask in zip(self.stages, masks, strict=True):
+            x = stage(x, mask)
             states.append(x)
         return states[-2], states[-1]
 
