@@ -274,7 +274,7 @@ def save_arguments(folder: Path, *arguments: Any, **more: Any) -> None:
 
 @dataclass
 class AdaptArguments:
-    """How to adapt the model to tasks. The defaults reproduce the published adapters."""
+    """How to adapt the model to tasks. `benchmarks/configs/adapt.json` holds what made the published adapters."""
 
     task: list[str] = field(
         default_factory=list, metadata={"help": f"tasks: {', '.join(TASKS)}, or JSON files of new ones"}

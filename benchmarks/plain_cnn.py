@@ -2,7 +2,7 @@
 
     python -m benchmarks.plain_cnn benchmarks/configs/plain_cnn.json
 
-Same recordings, crops, disturbances, optimiser and schedule as ECG-MoE (`train.fit`); it sees the signal, no beats.
+Same recordings and training loop as ECG-MoE (`train.fit`), its own configuration; it sees the signal, no beats.
 ECG-MoE's training starts from its trunk.
 """
 
