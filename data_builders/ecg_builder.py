@@ -81,9 +81,7 @@ class Facts:
     def how_to_get(self) -> str:
         """What a user without a copy has to do."""
         if self.host == "zenodo":
-            command = (
-                f"pip install zenodo_get && zenodo_get {self.project} -o {self.project}, then unpack the archives"
-            )
+            command = f"pip install zenodo_get && zenodo_get {self.project} -o {self.project}  # and unpack the zips"
         else:
             login = " --user YOUR_NAME --ask-password" if self.access != "open" else ""
             command = (

@@ -1,9 +1,9 @@
 """Lobachevsky University Database: 200 12-lead ECGs with the bounds of every P wave, QRS complex and T wave, per lead.
 
 Amplitude. The gains in the headers are no calibration: each is its lead's peak-to-peak distance in counts, so that
-every lead swings by exactly 1. The counts themselves obey Einthoven's relation II = I + III to the last count, so one scale
-holds for all leads, and in microvolts they swing like PTB-XL's (medians over 20 records: 1.6 mV in II, 2.4 mV in V2;
-PTB-XL's first 400: 1.2 and 2.2 mV). They are therefore read as microvolts. The publisher does not say so, hence
+every lead swings by exactly 1. The counts themselves obey Einthoven's relation II = I + III to the last count, so one
+scale holds for all leads, and in microvolts they swing like PTB-XL's (medians over 20 records: 1.6 mV in II, 2.4 mV in
+V2; PTB-XL's first 400: 1.2 and 2.2 mV). They are therefore read as microvolts. The publisher does not say so, hence
 `amplitude_calibrated` is false.
 """
 
@@ -94,6 +94,7 @@ class Ludb(EcgBuilder):
             "waves": datasets.List({"lead": _STRING, "wave": _STRING, "onset": _INT, "peak": _INT, "offset": _INT}),
             **dict.fromkeys(STATEMENT_COLUMNS.values(), _STRINGS),
             "arrhythmia": _STRINGS,  # SCP-ECG rhythm statements; null where none means the same
+            "rr_interval_ms": datasets.Value("float32"),  # mean interval between the QRS peaks marked in lead II
         }
 
     def is_wanted(self, path: str) -> bool:
@@ -115,6 +116,8 @@ class Ludb(EcgBuilder):
                 f"expected {SHAPE} at {SAMPLING_RATE} Hz, found {record.signal.shape} at {record.sampling_rate}"
             )
         signal, is_calibrated = to_millivolts(record)
+        waves = [wave for lead in LEAD_FILES for wave in read_waves(header, lead)]
+        beats = [wave["peak"] for wave in waves if (wave["lead"], wave["wave"]) == ("ii", "QRS")]
         yield {
             "record_id": entry.record_id,
             "patient_id": entry.patient_id,
@@ -122,7 +125,8 @@ class Ludb(EcgBuilder):
             "sampling_rate": SAMPLING_RATE,
             "lead_names": record.names,
             "amplitude_calibrated": is_calibrated,
-            "waves": [wave for lead in LEAD_FILES for wave in read_waves(header, lead)],
+            "waves": waves,
+            "rr_interval_ms": float(np.diff(beats).mean()) * 1000 / SAMPLING_RATE if len(beats) > 1 else None,
             **describe(entry.facts),
         }
 
