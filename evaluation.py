@@ -97,6 +97,6 @@ def predict_adapters(many: MultiTask, records: Records) -> dict[str, np.ndarray]
     """task to logits (records, outputs) of all adapters."""
     parts: dict[str, list[Tensor]] = {name: [] for name in many.cards}
     for batch in batches(records):
-        for name, logits in many.task_logits(many.model.ecgmoe.encoder(**batch["signal"])).items():
+        for name, logits in many.task_logits(many.encoder(**batch["signal"])).items():
             parts[name].append(logits)
     return {name: torch.cat(values).numpy() for name, values in parts.items()}

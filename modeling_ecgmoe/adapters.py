@@ -1,32 +1,35 @@
 """Task adapters: LoRA on the fusion plus one head, calibrated, in PEFT's format; and inference with many at once.
 
-The backbone does not depend on the task. `MultiTask` computes it once and then runs the fusion of all tasks together:
-each adapter is merged into a copy of the fusion's weights, the copies are stacked, and one batched call answers all.
+The backbone does not depend on the task. `MultiTask` computes it once and then runs the fusion of all tasks together.
+PEFT trains and saves adapters and is imported for that alone; inference reads what it saved.
 """
 
-import copy
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from .adapter_card import CARD_FILE, AdapterCard
+from .configuration_ecgmoe import EcgMoeConfig
 from .feature_extraction_ecgmoe import EcgMoeFeatureExtractor
+from .folding import folded
 from .fusion import LORA_TARGETS
 from .leads import LEADS
 from .modeling_ecgmoe import EcgMoeEncoderOutput, EcgMoeForTasks, add_prior
+from .stacking import CONFIG_FILE, AdapterWeights, StackedFusion
 from .tasks import Task
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +39,39 @@ LORA_SCOPES = {
     "fusion": rf"ecgmoe\.fusion\..*({'|'.join(LORA_TARGETS)})",
     "all": rf"ecgmoe\.(fusion|encoder)\..*({'|'.join((*LORA_TARGETS, 'gate_up_proj'))})",
 }
+# The configuration that adapters of the first release were trained on. Of fields that came later only values other than
+# the default count: a new field must not orphan every adapter there is.
+HASHED_FIELDS = (
+    "leads",
+    "sampling_rate",
+    "token_stride",
+    "families",
+    "paths",
+    "hidden_size",
+    "conv_channels",
+    "conv_kernels",
+    "conv_blocks",
+    "ssm_channels",
+    "ssm_states",
+    "ssm_layers",
+    "patch_channels",
+    "patch_layers",
+    "trend_window_s",
+    "phase_bins",
+    "beat_window_s",
+    "beat_size",
+    "path_layers",
+    "rhythm_pool",
+    "num_attention_heads",
+    "num_experts",
+    "num_experts_per_tok",
+    "expert_size",
+    "period_aware",
+    "num_queries",
+    "fusion_size",
+    "record_size",
+    "initializer_range",
+)
 SIGNAL_KEYS = ("input_values", "lead_mask", "sample_mask", "r_peaks", "rr_intervals_s", "period_s")
 
 
@@ -47,10 +83,16 @@ def fingerprint(model: EcgMoeForTasks) -> str:
 
     Heads do not count, and weights count at half precision, so that a copy saved in float16 is the same base.
     """
-    config = model.config.to_dict()
-    fixed = set(type(model.config).__annotations__) - set(model.config.editable_fields())
-    kept = {name: config[name] for name in sorted(fixed)}
-    digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=list).encode())
+    config, config_class = model.config.to_dict(), type(model.config)
+    own = {name for of in config_class.__mro__ if issubclass(of, EcgMoeConfig) for name in of.__annotations__}
+    plain = {name: json.loads(json.dumps(config[name], default=list)) for name in own}
+    kept = {
+        name: value
+        for name, value in plain.items()
+        if name not in model.config.editable_fields()
+        and (name in HASHED_FIELDS or value != json.loads(json.dumps(getattr(config_class, name), default=list)))
+    }
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
     for name, weight in sorted(model.ecgmoe.state_dict().items()):
         if weight.is_floating_point():
             digest.update(name.encode())
@@ -60,7 +102,7 @@ def fingerprint(model: EcgMoeForTasks) -> str:
 
 def lora_model(
     model: EcgMoeForTasks, task: Task, rank: int = 8, alpha: int = 16, dropout: float = 0.05, scope: str = "fusion"
-) -> PeftModel:
+) -> "PeftModel":
     """Wrap a model so that only the LoRA of one task and its head train; a missing head is added.
 
     Raises:
@@ -68,6 +110,8 @@ def lora_model(
     """
     if scope not in LORA_SCOPES:
         raise ValueError(f"unknown LoRA scope {scope!r}; known are {', '.join(LORA_SCOPES)}")
+    from peft import LoraConfig, get_peft_model
+
     _match_head(model, task)
     config = LoraConfig(
         r=rank,
@@ -86,7 +130,7 @@ def _match_head(model: EcgMoeForTasks, task: Task) -> None:
         model.add_task(task)
 
 
-def save_adapter(model: PeftModel, card: AdapterCard, folder: Path) -> None:
+def save_adapter(model: "PeftModel", card: AdapterCard, folder: Path) -> None:
     """Write an adapter in PEFT's format, with its card, directly into `folder`."""
     name = card.task.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -97,7 +141,7 @@ def save_adapter(model: PeftModel, card: AdapterCard, folder: Path) -> None:
             path.replace(folder / path.name)
         inner.rmdir()
     # PEFT notes where class and base were found here; elsewhere remote code has another path, and so has the base.
-    config_file = folder / "adapter_config.json"
+    config_file = folder / CONFIG_FILE
     values = json.loads(config_file.read_text(encoding="utf-8"))
     values |= {"auto_mapping": None, "base_model_name_or_path": BASE_MODEL}
     config_file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -146,15 +190,19 @@ class Explanation:
 class MultiTask:
     """A backbone and any number of task adapters: one backbone pass, one batched fusion, all answers."""
 
-    def __init__(self, model: EcgMoeForTasks, extractor: EcgMoeFeatureExtractor) -> None:
+    def __init__(self, model: EcgMoeForTasks, extractor: EcgMoeFeatureExtractor, name: str = "") -> None:
+        """name: what the model is called where it does not fit, *optional*, from where it was loaded.
+
+        `encoder` is made from the weights that the model has now.
+        """
         self.model = model.eval()
+        self.encoder = folded(model.ecgmoe.encoder)
         self.extractor = extractor
+        self.name = name or model.name_or_path or "a model in memory"
         self.base = fingerprint(model)
         self.cards: dict[str, AdapterCard] = {}
-        self._fusions: dict[str, dict[str, Tensor]] = {}
-        self._heads: dict[str, tuple[Tensor, Tensor]] = {}
-        self._sizes: dict[str, int] = {}
-        self._stacked: dict[str, Tensor] | None = None
+        self._weights: dict[str, AdapterWeights] = {}
+        self._stacked: StackedFusion | None = None
 
     @classmethod
     def from_pretrained(
@@ -169,6 +217,8 @@ class MultiTask:
                 `me/ecg-moe-<task>`.
             revision: of the model on the Hub.
 
+        Names and ids of things on the Hub may end in a revision: `me/ecg-moe@v2`, `me/ecg-moe-age@v2`, `age@v2`.
+
         Of a model on the Hub, tasks without an adapter of their own there are passed over, and named in the log.
 
         Raises:
@@ -177,7 +227,7 @@ class MultiTask:
         """
         folder = _folder_of(model, revision)
         loaded = EcgMoeForTasks.from_pretrained(folder, dtype=torch.float32)
-        many = cls(loaded, EcgMoeFeatureExtractor.from_pretrained(folder))
+        many = cls(loaded, EcgMoeFeatureExtractor.from_pretrained(folder), str(model))
         for source in _adapter_sources(str(model), folder, tasks):
             try:
                 many.load(source)
@@ -188,29 +238,47 @@ class MultiTask:
         return many
 
     def load(self, source: str | Path, revision: str | None = None) -> str:
-        """Add the adapter of a folder or id, in place of one of the same task; returns the task's name."""
+        """Add the adapter of a folder or id, in place of one of the same task; returns the task's name.
+
+        Args:
+            source: a folder, or an id on the Hub, `me/ecg-moe-age` or `me/ecg-moe-age@v2`.
+            revision: branch, tag or commit of an id.
+
+        Raises:
+            FileNotFoundError: there is no such adapter.
+            ValueError: it was made for another base, or adapts more than the fusion. What was loaded stays.
+        """
         folder = _folder_of(source, revision)
         card = AdapterCard.load(folder)
         if card.base != self.base:
             raise ValueError(
-                f"the adapter {source} was trained on base {card.base}, this model is {self.base}; load the model it "
-                "was made for"
+                f"the adapter {source} was trained on base {card.base} ({_base_name(folder)}), this model is "
+                f"{self.base} ({self.name}); load the model it was made for"
             )
         name = card.task.name
-        self._fusions[name], self._heads[name], self._sizes[name] = _merged(self.model, card.task, folder)
+        self._weights[name] = AdapterWeights.load(folder, card.task, self.model.ecgmoe.fusion)
         self.cards[name] = card
         self._stacked = None
         return name
 
     def unload(self, task: str) -> None:
-        """Forget an adapter."""
-        for kept in (self.cards, self._fusions, self._heads, self._sizes):
-            del kept[task]
+        """Forget an adapter.
+
+        Raises:
+            ValueError: none of that task is loaded.
+        """
+        if task not in self.cards:
+            raise ValueError(f"no adapter {task!r} is loaded; there are {', '.join(self.cards) or 'none'}")
+        del self.cards[task], self._weights[task]
         self._stacked = None
 
     def adapter_size(self, task: str) -> int:
         """How many weights an adapter adds: its LoRA matrices and its head."""
-        return self._sizes[task]
+        return self._weights[task].size
+
+    def identity(self) -> dict[str, Any]:
+        """What makes answers what they are: name and fingerprint of the model, and a hash of each adapter."""
+        return {"model": self.name, "base": self.base, "adapters": {n: w.hash for n, w in self._weights.items()}}
 
     def prepare(self, signal: np.ndarray, sampling_rate: float, lead_names: Sequence[str]) -> Prepared:
         """Make a recording of any length ready; see `EcgMoeFeatureExtractor` for arguments and errors."""
@@ -255,7 +323,7 @@ class MultiTask:
     def logits(self, windows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
         """task to logits (windows, outputs), from one backbone pass."""
         features = self.extractor.pad(windows, return_tensors="pt")
-        encoded = self.model.ecgmoe.encoder(**{name: features[name] for name in SIGNAL_KEYS})
+        encoded = self.encoder(**{name: features[name] for name in SIGNAL_KEYS})
         return {name: value.numpy() for name, value in self.task_logits(encoded).items()}
 
     def task_logits(self, encoded: EcgMoeEncoderOutput) -> dict[str, Tensor]:
@@ -263,20 +331,14 @@ class MultiTask:
         if not self.cards:
             return {}
         if self._stacked is None:
-            names = list(self.cards)
-            self._stacked = {
-                key: torch.stack([self._fusions[name][key] for name in names]) for key in self._fusions[names[0]]
-            }
-        fusion, memories = self.model.ecgmoe.fusion, encoded.memories()
+            self._stacked = StackedFusion(self.model.ecgmoe.fusion, list(self._weights.values()))
         assert encoded.period_s is not None  # the encoder always gives it
-
-        def fuse(weights: dict[str, Tensor]) -> Tensor:
-            return torch.func.functional_call(fusion, weights, (memories,))[0]
-
-        embeddings = torch.func.vmap(fuse)(self._stacked)
+        embeddings = self._stacked(encoded.memories())
         return {
             name: add_prior(
-                torch.nn.functional.linear(embedding, *self._heads[name]), self.cards[name].task, encoded.period_s
+                torch.nn.functional.linear(embedding, *self._weights[name].head),
+                self.cards[name].task,
+                encoded.period_s,
             )
             for name, embedding in zip(self.cards, embeddings, strict=True)
         }
@@ -320,37 +382,11 @@ def default_model() -> Path:
     return folder
 
 
-def _merged(model: EcgMoeForTasks, task: Task, folder: Path) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor], int]:
-    """The fusion's weights with an adapter merged in, the adapter's head, and its size; read through PEFT."""
-    model = copy.deepcopy(model)  # PEFT changes what it wraps
-    _match_head(model, task)
-    wrapped = PeftModel.from_pretrained(model, str(folder), adapter_name=task.name)
-    adapted = [name for name, module in wrapped.named_modules() if isinstance(module, LoraLayer)]
-    if any(".ecgmoe.fusion." not in name for name in adapted):
-        raise ValueError(
-            f"the adapter {folder} adapts the backbone too, so it cannot share one pass of it with others; use it "
-            "alone, through PeftModel.from_pretrained"
-        )
-    fusion = wrapped.base_model.model.ecgmoe.fusion
-    merged = {}
-    for name, module in _plain_modules(fusion):
-        for key, value in module.named_parameters(recurse=False):
-            merged[f"{name}.{key}" if name else key] = value.detach().clone()
-    for name, module in fusion.named_modules():
-        if isinstance(module, LoraLayer):
-            merged[f"{name}.weight"] += module.get_delta_weight(task.name).detach()
-    head = wrapped.base_model.model.heads[f"head_{task.name}"].modules_to_save[task.name]
-    weights = (head.weight.detach().clone(), head.bias.detach().clone())
-    size = sum(p.numel() for name, p in wrapped.named_parameters() if "lora_" in name or "modules_to_save" in name)
-    return merged, weights, size
-
-
-def _plain_modules(fusion: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Modules with weights under the names they have without PEFT."""
-    for name, module in fusion.named_modules():
-        if ".lora_" in f".{name}" or "lora_" in name.split(".")[-1]:
-            continue
-        yield name.removesuffix(".base_layer"), module
+def _base_name(folder: Path) -> str:
+    """What an adapter calls its base."""
+    config = folder / CONFIG_FILE
+    values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    return values.get("base_model_name_or_path") or "without a name"
 
 
 def _folder_of(source: str | Path, revision: str | None) -> Path:
@@ -358,8 +394,11 @@ def _folder_of(source: str | Path, revision: str | None) -> Path:
     folder = Path(source)
     if folder.is_dir():
         return folder
+    repo_id, _, asked = str(source).partition("@")
+    if asked and revision is not None and asked != revision:
+        raise ValueError(f"{source} names revision {asked}, and revision={revision!r} was passed; pass one of them")
     try:
-        return Path(snapshot_download(str(source), revision=revision))
+        return Path(snapshot_download(repo_id, revision=asked or revision))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise FileNotFoundError(
             f"{source} is neither a folder nor an id that the Hub gives out ({type(error).__name__}); check the "
@@ -383,5 +422,5 @@ def _adapter_sources(model: str, folder: Path, tasks: Sequence[str] | None) -> l
         elif Path(model).is_dir():
             raise FileNotFoundError(f"no adapter {name!r} beside {model}; there are {', '.join(found) or 'none'}")
         else:
-            sources.append(f"{model}-{name}")
+            sources.append(f"{model.partition('@')[0]}-{name}")
     return sources

@@ -190,11 +190,15 @@ class StateSpace(nn.Module):
         past, future = (envelope * (real * torch.cos(turn) - imaginary * torch.sin(turn))).sum(dim=2) * 2.0 * step
         return torch.cat([past, future.flip(-1)], dim=-1)
 
+    def spectrum(self, length: int) -> Tensor:
+        """The kernel's Fourier transform, (d, length + 1)."""
+        return torch.fft.rfft(self.kernel(length).float())
+
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x (b, s, d); mask (b, 1, s), 0 on padding."""
         length = x.shape[1]
         u = self.norm(x).transpose(1, 2).float() * mask
-        spectrum = torch.fft.rfft(u, n=2 * length) * torch.fft.rfft(self.kernel(length).float())
+        spectrum = torch.fft.rfft(u, n=2 * length) * self.spectrum(length)
         y = torch.fft.irfft(spectrum, n=2 * length)[..., :length] + self.skip[:, None] * u
         value, gate = self.mix(functional.gelu(y.transpose(1, 2)).to(x.dtype)).chunk(2, dim=-1)
         return x + value * torch.sigmoid(gate)
@@ -244,6 +248,21 @@ class Attention(nn.Module):
         return self.out_proj(torch.matmul(weights, value).transpose(1, 2).flatten(-2)), weights
 
 
+class SelfAttention(Attention):
+    """The same among the elements of one sequence (b, n, d), for those who do not ask for the weights."""
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:  # type: ignore[override]
+        """mask: bool (b, n), True where an element may be seen, *optional*. Returns (b, n, d)."""
+        query, key, value = (
+            projection(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        # Not minus infinity: a record without any element stays finite.
+        unseen = None if mask is None else ((mask.to(x.dtype) - 1.0) * 1e4)[:, None, None, :]
+        mixed = functional.scaled_dot_product_attention(query, key, value, unseen)
+        return self.out_proj(mixed.transpose(1, 2).flatten(-2))
+
+
 def time_features(seconds: Tensor, size: int) -> Tensor:
     """Sines and cosines of a time in seconds, periods from 0.16 to 20 s: (..., size)."""
     rates = torch.logspace(math.log10(1 / 20), math.log10(1 / 0.16), size // 2, device=seconds.device)
@@ -257,12 +276,11 @@ class PatchLayer(nn.Module):
     def __init__(self, size: int, heads: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(size), nn.LayerNorm(size)
-        self.attention = Attention(size, heads)
+        self.attention = SelfAttention(size, heads)
         self.up_proj, self.down_proj = nn.Linear(size, 2 * size), nn.Linear(2 * size, size)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        normed = self.norm1(x)
-        x = x + self.attention(normed, normed, mask)[0]
+        x = x + self.attention(self.norm1(x), mask)
         return x + self.down_proj(functional.gelu(self.up_proj(self.norm2(x))))
 
 
@@ -365,12 +383,11 @@ class TemporalFeatures(nn.Module):
         self, x: Tensor, token_mask: Tensor, sample_mask: Tensor, clock: CardiacClock, clock_features: Tensor
     ) -> tuple[Tensor, Tensor]:
         more = {"period": (clock, sample_mask)}
-        seen = torch.stack(
-            [self.norms[name](family(x, token_mask, *more.get(name, ()))) for name, family in self.families.items()],
-            dim=2,
-        )
-        gates = 2.0 * torch.sigmoid((seen * self.gate_weight).sum(dim=-1) + self.gate_bias)
-        tokens = torch.matmul(gates.unsqueeze(2), seen).squeeze(2) / len(self.families)
+        seen = [self.norms[name](family(x, token_mask, *more.get(name, ()))) for name, family in self.families.items()]
+        scores = torch.stack([torch.matmul(of, weight) for of, weight in zip(seen, self.gate_weight, strict=True)], -1)
+        gates = 2.0 * torch.sigmoid(scores + self.gate_bias)
+        shares = (gates / len(self.families)).unsqueeze(-1).unbind(dim=2)
+        tokens = torch.stack([of * share for of, share in zip(seen, shares, strict=True)]).sum(dim=0)
         if self.clock is not None:
             tokens = tokens + self.clock(clock_features)
         return self.dropout(self.norm(tokens)), gates / gates.sum(dim=-1, keepdim=True)

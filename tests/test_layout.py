@@ -36,7 +36,7 @@ LAYERS = (
     {"configuration_ecgmoe", "feature_extraction_ecgmoe"},
     {"temporal", "routing", "fusion"},
     {"modeling_ecgmoe"},
-    {"metrics", "adapter_card", "adapters"},
+    {"metrics", "adapter_card", "folding", "stacking", "adapters"},
     {"prediction", "answer_files"},
     {"pipeline_ecgmoe", "publish", "export_model", "embeddings"},
     {"cli"},

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .configuration_ecgmoe import EcgMoeConfig
-from .temporal import Attention
+from .temporal import Attention, SelfAttention
 
 # The linear layers that a task's LoRA adapts, by the last part of their names.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "up_proj", "down_proj", "pooled_proj")
@@ -42,7 +42,7 @@ class Fusion(nn.Module):
         self.pooling = nn.ModuleDict({name: QueryPooling(config) for name in ("tokens", *config.paths)})
         self.pooled_proj = nn.Linear(2 * size, size)
         self.norm1, self.norm2 = nn.LayerNorm(size), nn.LayerNorm(size)
-        self.attention = Attention(size, config.num_attention_heads)
+        self.attention = SelfAttention(size, config.num_attention_heads)
         self.up_proj, self.down_proj = nn.Linear(size, config.fusion_size), nn.Linear(config.fusion_size, size)
         num_states = config.num_queries * (1 + len(config.paths)) + 1
         self.out_proj = nn.Linear((num_states + 2) * size, config.record_size)
@@ -57,16 +57,15 @@ class Fusion(nn.Module):
             pooled, weights[name] = pooling(*memories[name])
             states.append(pooled)
         tokens, mask = memories["tokens"]
-        extent = _mean_and_max(tokens, mask)
+        extent = mean_and_max(tokens, mask)
         states.append(self.pooled_proj(extent)[:, None])
         hidden = torch.cat(states, dim=1)
-        normed = self.norm1(hidden)
-        hidden = hidden + self.dropout(self.attention(normed, normed, None)[0])
+        hidden = hidden + self.dropout(self.attention(self.norm1(hidden), None))
         hidden = hidden + self.dropout(self.down_proj(functional.gelu(self.up_proj(self.norm2(hidden)))))
         return self.norm(self.out_proj(torch.cat([hidden.flatten(1), extent], dim=1))), weights
 
 
-def _mean_and_max(tokens: Tensor, mask: Tensor) -> Tensor:
+def mean_and_max(tokens: Tensor, mask: Tensor) -> Tensor:
     """(b, s, d) to (b, 2 d) over the real tokens."""
     count = mask.sum(dim=1, keepdim=True).clamp(min=1)
     mean = (tokens * mask[..., None]).sum(dim=1) / count

@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers.integrations import use_experts_implementation
 
 from .configuration_ecgmoe import EcgMoeConfig
-from .temporal import CLOCK_FEATURES, Attention, DropPath, time_features
+from .temporal import CLOCK_FEATURES, DropPath, SelfAttention, time_features
 
 
 class Routing(NamedTuple):
@@ -82,7 +82,7 @@ class MixtureLayer(nn.Module):
     def __init__(self, config: EcgMoeConfig) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(config.hidden_size), nn.LayerNorm(config.hidden_size)
-        self.attention = Attention(config.hidden_size, config.num_attention_heads)
+        self.attention = SelfAttention(config.hidden_size, config.num_attention_heads)
         self.router = Router(config)
         self.experts = Experts(config)
         self.shared_expert = SharedExpert(config)
@@ -90,8 +90,7 @@ class MixtureLayer(nn.Module):
         self.drop_path = DropPath(config.drop_path)
 
     def forward(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, Routing]:
-        normed = self.norm1(hidden)
-        hidden = hidden + self.drop_path(self.dropout(self.attention(normed, normed, mask)[0]))
+        hidden = hidden + self.drop_path(self.dropout(self.attention(self.norm1(hidden), mask)))
         normed = self.norm2(hidden)
         routing = self.router(normed)
         flat = normed.flatten(0, 1)
