@@ -117,14 +117,14 @@ FORMATS: dict[str, type[JsonLines] | type[CsvTable]] = {".jsonl": JsonLines, ".c
 TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
 
 
-def check_out(out: Path, resume: bool) -> None:
+def check_out(out: Path, resume: bool, suffixes: Iterable[str] = tuple(FORMATS)) -> None:
     """Refuse an output file that cannot be, or that would be lost.
 
     Raises:
         CommandError: the reason.
     """
-    if out.suffix.lower() not in FORMATS:
-        raise CommandError(f"--out {out}: expected a file ending in {' or '.join(FORMATS)}")
+    if out.suffix.lower() not in suffixes:
+        raise CommandError(f"--out {out}: expected a file ending in {' or '.join(suffixes)}")
     if not out.parent.is_dir():
         raise CommandError(f"--out {out}: there is no folder {out.parent}; make it first")
     if out.is_dir():

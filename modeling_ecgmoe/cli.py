@@ -1,4 +1,5 @@
-"""The command line. `ecgmoe predict` reads ECG files and answers every task for each of them.
+"""The command line. `ecgmoe predict` reads ECG files and answers every task for each of them; `ecgmoe embed` gives
+their embeddings; `ecgmoe export` writes the model for other runtimes.
 
 Nothing heavy is imported before the arguments are understood, so that `--help` and mistakes answer at once.
 """
@@ -18,6 +19,7 @@ from .answer_files import FORMATS, TEXT, CommandError, JsonLines, Output, check_
 
 if TYPE_CHECKING:
     from .adapters import MultiTask
+    from .prediction import FileFacts
 
 EXIT_OK, EXIT_SOME_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 0, 1, 2, 130, 141
 
@@ -37,9 +39,33 @@ CSV columns: record, path, status, error, sampling_rate (Hz), leads (joined by ;
 Exit status: 0 all answered, 1 some records failed, 2 refused as asked, 130 interrupted.
 This is research software and not a medical device."""
 
+HELP_EMBED = """\
+Write the embedding of ECG files: one vector for each, to search with and to fit small models on.
+
+It is the `pooler_output` of the model as pretrained, without any adapter; that of a recording longer than ten seconds
+is the mean over its windows. Folders are walked; the header and the signal file of a WFDB record count once."""
+EPILOG_EMBED = """\
+Columns of the Parquet file, one row a record: record, path, status, error, sampling_rate (Hz), leads, duration_s and
+embedding (a list of fixed size, float32). A record that cannot be read has status "error", the reason in error and no
+embedding, and the others go on. After Ctrl-C the file holds what was known; --resume goes on with it.
+
+Exit status: 0 all embedded, 1 some records failed, 2 refused as asked, 130 interrupted."""
+
+HELP_EXPORT = """\
+Write the backbone and all task adapters as one graph for other runtimes, and prove that it answers alike.
+
+Inputs are what the feature extractor makes, any number of records, samples (a multiple of 8) and beats at once; the
+outputs are the logits of each task. The folder holds the graph, the tasks' cards, preprocessor_config.json, export.json
+with sizes and differences, check.npz with prepared inputs and the answers to them, and a README that says how to run."""
+EPILOG_EXPORT = """\
+Needs the extra `onnx` for --format onnx: pip install 'ecg-moe[onnx]'.
+Nothing is left in --out where an answer differs by more than 1e-4 from PyTorch.
+
+Exit status: 0 written and checked, 2 refused, with the reason on stderr."""
+
 
 def load_model(model: str | None, tasks: Sequence[str] | None) -> "MultiTask":
-    """The model and its adapters, without the chatter of the libraries.
+    """The model and its adapters, without the chatter of the libraries; with no tasks at all, to embed.
 
     Raises:
         CommandError: there is no such model or adapter, or they do not fit together.
@@ -51,15 +77,16 @@ def load_model(model: str | None, tasks: Sequence[str] | None) -> "MultiTask":
         from transformers.utils import logging
 
         from .adapters import MultiTask, default_model
+        from .embeddings import Embedder
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         try:
             model = model or str(default_model())
-            many = MultiTask.from_pretrained(model, tasks)
+            many = (Embedder if tasks == [] else MultiTask).from_pretrained(model, tasks)
         except (OSError, TypeError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
             raise CommandError(" ".join(str(error).split())) from error
-    if not many.cards:
+    if not many.cards and tasks != []:
         raise CommandError(f"no task adapters lie beside {model}; name some with --tasks")
     return many
 
@@ -84,15 +111,14 @@ def wants_table(args: argparse.Namespace) -> bool:
     return args.table or (args.out is None and sys.stdout.isatty())
 
 
-def predict(args: argparse.Namespace) -> int:
-    """`ecgmoe predict`; returns the exit status."""
-    started = time.monotonic()
+def asked_files(args: argparse.Namespace) -> "tuple[list[Path], FileFacts]":
+    """The files that the arguments name, and what they say of them.
+
+    Raises:
+        CommandError: there is no file, or no lead among the names.
+    """
     if not args.paths:
         raise CommandError("name the files or folders to read; --leads takes every word after it, so put it last")
-    if args.resume and args.out is None:
-        raise CommandError("--resume needs the --out file of the run to go on with")
-    if args.out is not None:
-        check_out(args.out, args.resume)
     from .ecg_files import find_ecgs
     from .leads import LEADS, find_lead
 
@@ -102,13 +128,55 @@ def predict(args: argparse.Namespace) -> int:
     paths = find_ecgs(args.paths)
     if not paths:
         raise CommandError(f"there is no ECG file in {', '.join(map(str, args.paths))}")
-    tasks = None if args.tasks is None else list(dict.fromkeys(filter(None, args.tasks.split(","))))
-    many = load_model(args.model, tasks)
+    from .prediction import FileFacts
+
+    return paths, FileFacts(args.sampling_rate, leads or None, args.unit)
+
+
+def ask_records(
+    args: argparse.Namespace,
+    many: "MultiTask",
+    paths: list[Path],
+    facts: "FileFacts",
+    write: Callable[[dict[str, Any]], None],
+    answered: str = "answered",
+    tell: bool = True,
+) -> int:
+    """Ask the model about each file and hand its line on; returns the exit status.
+
+    Args:
+        answered: what has been done to a record, for the last line on stderr.
+        tell: name the records that fail on stderr.
+    """
     from tqdm import tqdm
 
-    from .prediction import FileFacts, predict_records
+    from .prediction import predict_records
 
-    num_failed = 0
+    started, num_failed = time.monotonic(), 0
+    with contextlib.closing(predict_records(many, paths, facts, args.batch_size)) as lines:
+        # None: a bar on a terminal, nothing in a log.
+        for line in tqdm(lines, total=len(paths), unit=" records", disable=True if args.quiet else None):
+            with tqdm.external_write_mode():
+                write(line)
+                if line["status"] != "ok":
+                    num_failed += 1
+                    if tell and not args.quiet:
+                        print("ecgmoe:", printable(f"{line['error']} ({line['path']})"), file=sys.stderr)
+    if not args.quiet:
+        count, seconds = f"{len(paths) - num_failed} of {len(paths)} records {answered}", time.monotonic() - started
+        print(f"ecgmoe: {count} in {seconds:.1f} s", file=sys.stderr)
+    return EXIT_SOME_FAILED if num_failed else EXIT_OK
+
+
+def predict(args: argparse.Namespace) -> int:
+    """`ecgmoe predict`; returns the exit status."""
+    if args.resume and args.out is None:
+        raise CommandError("--resume needs the --out file of the run to go on with")
+    if args.out is not None:
+        check_out(args.out, args.resume)
+    paths, facts = asked_files(args)
+    tasks = None if args.tasks is None else list(dict.fromkeys(filter(None, args.tasks.split(","))))
+    many = load_model(args.model, tasks)
     with contextlib.ExitStack() as stack:
         try:
             if args.resume:
@@ -117,21 +185,47 @@ def predict(args: argparse.Namespace) -> int:
             outputs = open_outputs(args, many, stack)
         except OSError as error:
             raise CommandError(f"--out {args.out} cannot be written: {error.strerror}") from error
-        facts = FileFacts(args.sampling_rate, leads or None, args.unit)
-        lines = stack.enter_context(contextlib.closing(predict_records(many, paths, facts, args.batch_size)))
-        # None: a bar on a terminal, nothing in a log.
-        for line in tqdm(lines, total=len(paths), unit=" records", disable=True if args.quiet else None):
-            with tqdm.external_write_mode():
-                for output in outputs:
-                    output.write(line)
-                if line["status"] != "ok":
-                    num_failed += 1
-                    if not (args.quiet or wants_table(args)):
-                        print("ecgmoe:", printable(f"{line['error']} ({line['path']})"), file=sys.stderr)
+
+        def write(line: dict[str, Any]) -> None:
+            for output in outputs:
+                output.write(line)
+
+        return ask_records(args, many, paths, facts, write, tell=not wants_table(args))
+
+
+def embed(args: argparse.Namespace) -> int:
+    """`ecgmoe embed`; returns the exit status."""
+    check_out(args.out, args.resume, (".parquet",))
+    paths, facts = asked_files(args)
+    many = load_model(args.model, [])
+    from .embeddings import EmbeddingTable
+
+    try:
+        with EmbeddingTable(args.out, many.base, many.model.config.record_size, args.resume) as table:
+            paths = [path for path in paths if str(path) not in table.done]
+            return ask_records(args, many, paths, facts, table.write, "embedded")
+    except OSError as error:
+        raise CommandError(f"--out {args.out} cannot be written: {error.strerror or error}") from error
+
+
+def export(args: argparse.Namespace) -> int:
+    """`ecgmoe export`; returns the exit status."""
+    if args.int8 and args.format != "onnx":
+        raise CommandError(f"--int8 is made of --format onnx, not of {args.format}")
+    if args.out.exists() and any(args.out.iterdir()):
+        raise CommandError(f"--out {args.out} holds files already; name another folder")
+    tasks = None if args.tasks is None else list(dict.fromkeys(filter(None, args.tasks.split(","))))
+    many = load_model(args.model, tasks)
+    from .export_model import ExportError, export_model
+
+    try:
+        report = export_model(many, args.out, args.format, args.check, args.int8)
+    except ExportError as error:
+        raise CommandError(str(error)) from error
     if not args.quiet:
-        count, seconds = f"{len(paths) - num_failed} of {len(paths)} records answered", time.monotonic() - started
-        print(f"ecgmoe: {count} in {seconds:.1f} s", file=sys.stderr)
-    return EXIT_SOME_FAILED if num_failed else EXIT_OK
+        for name, found in report["files"].items():
+            print(f"{args.out / name}: {found['mib']:.1f} MiB, largest difference {found['largest_difference']:.1e}")
+    return EXIT_OK
 
 
 def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
@@ -150,6 +244,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ecgmoe", description="ECG-MoE: clinical answers from ECG files.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_predict(commands)
+    _add_embed(commands)
+    _add_export(commands)
     return parser
 
 
@@ -163,12 +259,8 @@ def _add_predict(commands: Any) -> None:
     )
     command.set_defaults(run=predict)
     add = command.add_argument
-    add("paths", nargs="*", type=Path, metavar="PATH", help="ECG files, and folders of them")
-    add(
-        "--model",
-        metavar="DIR_OR_ID",
-        help="a folder, or an id on the Hugging Face Hub (default: hub/model of the sources)",
-    )
+    _add_files(command)
+    add = command.add_argument
     add("--tasks", metavar="A,B", help="names, folders or ids of task adapters (default: all of the model)")
     add("--out", type=Path, metavar="FILE", help="write to FILE.jsonl or FILE.csv, a line as soon as it is known")
     add(
@@ -177,6 +269,13 @@ def _add_predict(commands: Any) -> None:
         help="go on with --out: skip the records that it answers, try the others again",
     )
     add("--table", action="store_true", help="print the answers as a table, whatever stdout is")
+
+
+def _add_files(command: argparse.ArgumentParser) -> None:
+    """What every command that reads ECG files understands."""
+    add = command.add_argument
+    add("paths", nargs="*", type=Path, metavar="PATH", help="ECG files, and folders of them")
+    _add_model(command)
     add("--sampling_rate", type=_positive(float), metavar="HZ", help="of files that do not give it")
     add("--unit", choices=("V", "mV", "uV", "nV"), help="of files that do not give it")
     add(
@@ -187,6 +286,48 @@ def _add_predict(commands: Any) -> None:
     )
     add("--batch_size", type=_positive(int), default=32, metavar="N", help="10-second windows at once (default: 32)")
     add("--quiet", action="store_true", help="neither progress nor errors on stderr")
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--model",
+        metavar="DIR_OR_ID",
+        help="a folder, or an id on the Hugging Face Hub (default: hub/model of the sources)",
+    )
+
+
+def _add_embed(commands: Any) -> None:
+    command = commands.add_parser(
+        "embed",
+        help="write the embedding of ECG files",
+        description=HELP_EMBED,
+        epilog=EPILOG_EMBED,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=embed)
+    _add_files(command)
+    add = command.add_argument
+    add("--out", type=Path, metavar="FILE", required=True, help="the Parquet file to write")
+    add("--resume", action="store_true", help="go on with --out: skip the records that it holds, try the others again")
+
+
+def _add_export(commands: Any) -> None:
+    command = commands.add_parser(
+        "export",
+        help="write the model for other runtimes",
+        description=HELP_EXPORT,
+        epilog=EPILOG_EXPORT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=export)
+    _add_model(command)
+    add = command.add_argument
+    add("--tasks", metavar="A,B", help="names, folders or ids of task adapters (default: all of the model)")
+    add("--out", type=Path, metavar="DIR", required=True, help="the folder to write, empty or not there yet")
+    add("--format", choices=("onnx", "torch_export"), default="onnx", help="(default: onnx)")
+    add("--check", nargs="+", type=Path, metavar="PATH", help="ECG files, and folders of them, to compare on")
+    add("--int8", action="store_true", help="write model_int8.onnx too, with 8-bit weights")
+    add("--quiet", action="store_true", help="nothing on stdout")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
