@@ -165,6 +165,9 @@ def read_edf(path: Path, facts: Facts) -> Ecg:
         rates = [exact.get(lead.label, float(lead.sampling_rate)) for lead in record.leads]
         onsets = record.raw_metadata.get("record_onsets", [])
         if len(onsets) == record.raw_metadata["num_records"]:
+            seconds = onsets[-1] - onsets[0] + record.raw_metadata["record_duration"]
+            if sum(rates) * seconds > MAX_DEVICE_BYTES // 2:
+                raise EcgFileError(f"with its gaps it is {seconds:.3g} s long; cut it into shorter records")
             for lead, rate in zip(record.leads, rates, strict=True):
                 lead.samples = _spread(lead.samples, np.array(onsets), rate)
         return to_ecg(record, facts, rates=rates)
@@ -207,8 +210,6 @@ def _spread(samples: np.ndarray, onsets_s: np.ndarray, rate: float) -> np.ndarra
     if (np.diff(starts) < per_record).any():
         raise EcgFileError("its data records overlap; export it again")
     length = int(starts[-1]) + per_record
-    if length > MAX_DEVICE_BYTES // 2:
-        raise EcgFileError(f"a lead with its gaps holds {length} samples; cut it into shorter records")
     spread = np.full(length, np.nan)
     spread[(starts.astype(np.int64)[:, None] + np.arange(per_record)).ravel()] = samples
     return spread

@@ -23,11 +23,11 @@ from .array_files import (
 )
 from .device_files import read_bdf, read_edf, read_ishne, read_kardia, read_mfer, read_scp
 from .dicom_files import ECG_CLASSES, read_dicom
-from .recording import Ecg, EcgFileError, Facts, check_amplitude, shown
+from .recording import Ecg, EcgFileError, EcgFileWarning, Facts, check_amplitude, shown
 from .wfdb_files import find_header, read_header, read_wfdb
 from .xml_files import looks_like_ecg_xml, read_xml
 
-__all__ = ["Ecg", "EcgFileError", "find_ecgs", "read_ecg"]
+__all__ = ["Ecg", "EcgFileError", "EcgFileWarning", "find_ecgs", "read_ecg"]
 
 Reader = Callable[[Path, Facts], Ecg]
 
@@ -53,6 +53,9 @@ def read_ecg(
         with_metadata: also return what else the file says; it may identify the patient. `start` is text, mostly
             ISO 8601; recorders' files also have `patient_id`, `age` (years or None), `sex` ("M", "F", else empty or
             "U"), `device` and `comments` (statements and remarks), WFDB records `record_name` and `comments`.
+
+    Warns:
+        EcgFileWarning: every lead was scaled by itself, so that the file's millivolts are none.
 
     Raises:
         FileNotFoundError: there is no such file.

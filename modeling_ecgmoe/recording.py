@@ -4,6 +4,7 @@ What a file does not say (sampling rate, unit, lead names) is asked for, never a
 only as far as it is possible: a rate no recorder has or amplitudes no heart makes are refused with an `EcgFileError`.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,9 +21,15 @@ MAX_SAMPLING_RATE = 10_000.0
 # median above 100, volts taken for millivolts a largest below 0.014.
 MAX_MEDIAN_SWING_MV = 20.0
 MIN_LARGEST_SWING_MV = 0.02
+MIN_LEADS_SCALED_ALIKE = 6
+MAX_RATIO_SCALED_ALIKE = 1.05
 
 
 _MILLIVOLTS = {"v": 1e3, "mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "nv": 1e-6}
+
+
+class EcgFileWarning(UserWarning):
+    """What was read is probably not what the file says it is, but nothing proves it."""
 
 
 class EcgFileError(ValueError):
@@ -123,7 +130,11 @@ class Facts:
 
 
 def check_amplitude(signal: np.ndarray) -> None:
-    """Refuse amplitudes that only a wrong unit or gain explains.
+    """Refuse amplitudes that only a wrong unit or gain explains, and warn of leads that were scaled one by one.
+
+    Warns:
+        EcgFileWarning: six leads or more all have the same range from lowest to highest sample. In PTB-XL and CinC
+            2021 the widest lead is at least twice as wide as the narrowest; in LUDB all are forced to a range of 1.
 
     Raises:
         EcgFileError: see `MAX_MEDIAN_SWING_MV` and `MIN_LARGEST_SWING_MV`.
@@ -146,3 +157,11 @@ def check_amplitude(signal: np.ndarray) -> None:
         raise EcgFileError(f"its leads swing by {median:.3g} mV, an ECG's by 0.1 to 5 mV; is the gain or unit right?")
     if largest < MIN_LARGEST_SWING_MV:
         raise EcgFileError(f"no lead swings by more than {largest * 1000:.3g} uV; is the gain or unit right?")
+    ranges = np.fmax.reduce(signal, axis=1) - np.fmin.reduce(signal, axis=1)
+    ranges = ranges[ranges > 0]
+    if len(ranges) >= MIN_LEADS_SCALED_ALIKE and ranges.max() < MAX_RATIO_SCALED_ALIKE * ranges.min():
+        warnings.warn(
+            f"all its leads range over {ranges.max():.3g} mV: they were scaled one by one, and millivolts are lost",
+            EcgFileWarning,
+            stacklevel=3,
+        )

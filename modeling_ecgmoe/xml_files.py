@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .device_files import parsing, read_bytes, to_ecg
 from .recording import Ecg, EcgFileError, Facts, shown
 
@@ -79,7 +81,22 @@ def _read_philips(path: Path, root: Any, facts: Facts) -> Ecg:
     waveforms = next(root.iter("parsedwaveforms"), None)
     if waveforms is not None:
         _check_xli("".join((waveforms.text or "").split()), waveforms.get("dataencoding", ""))
-    return to_ecg(SierraXMLParser().parse(path), facts)
+    ecg = to_ecg(SierraXMLParser().parse(path), facts)
+    _check_limb_leads(ecg)
+    return ecg
+
+
+def _check_limb_leads(ecg: Ecg) -> None:
+    """Refuse limb leads that are what compression leaves of them: there III is stored as what I and II do not explain.
+
+    Raises:
+        EcgFileError: III is nothing like II - I.
+    """
+    limbs = [ecg.signal[ecg.lead_names.index(name)] for name in ("I", "II", "III") if name in ecg.lead_names]
+    if len(limbs) == 3:
+        expected = limbs[1] - limbs[0]
+        if np.median(np.abs(limbs[2] - expected)) > 0.5 * np.median(np.abs(expected - np.median(expected))) + 0.05:
+            raise EcgFileError("its leads I, II and III contradict each other (III is not II - I); export it again")
 
 
 def _check_xli(text: str, encoding: str) -> None:
