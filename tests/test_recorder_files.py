@@ -1,6 +1,8 @@
-"""Files of recorders: what independent writers wrote is read back in millivolts, with what each format has of its own."""
+"""Files of recorders: what independent writers wrote is read back in millivolts, format by format."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ from ecg_writers import (
 )
 from pydicom.data import get_testdata_file
 
-from data_builders.synthetic import synthetic_ecg
+from data_builders.synthetic import synthetic_ecg, write_wfdb
 from modeling_ecgmoe.ecg_files import Ecg, EcgFileError, find_ecgs, read_ecg
 from modeling_ecgmoe.leads import LEADS, arrange_leads, find_lead
 
@@ -60,10 +62,8 @@ def test_a_file_is_read_as_it_was_written(kind: str, tmp_path: Path, truth: Ecg)
     assert ecg.metadata == {}
 
 
-@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("kind", sorted(WRITERS.keys() - {"GE MUSE", "Kardia"}))  # whose order is fixed
 def test_the_order_of_the_leads_is_the_file_s(kind: str, tmp_path: Path, truth: Ecg) -> None:
-    if kind in ("GE MUSE", "Kardia"):
-        pytest.skip("the writer has an order of its own")
     suffix, write, tolerance_mv = WRITERS[kind]
     order = [6, 1, 11, 0]
     chosen = Ecg(truth.signal[order], 250, tuple(LEADS[i] for i in order))
@@ -76,7 +76,7 @@ def test_the_order_of_the_leads_is_the_file_s(kind: str, tmp_path: Path, truth: 
 def test_metadata_is_given_only_when_asked_for(kind: str, tmp_path: Path, truth: Ecg) -> None:
     suffix, write, _ = WRITERS[kind]
     found = read_ecg(write(tmp_path / f"record{suffix}", truth), with_metadata=True).metadata
-    assert found["patient_id"] == ("" if kind == "Mortara" else "P-17") or found["patient_id"] == "P-17"
+    assert found["patient_id"] == "P-17"
     assert set(found) == {"patient_id", "age", "sex", "start", "device", "comments"}
     if kind in ("DICOM", "SCP-ECG", "ISHNE", "GE MUSE", "Philips", "Mortara"):
         assert (found["age"], found["sex"]) == (54, "F")
@@ -84,11 +84,9 @@ def test_metadata_is_given_only_when_asked_for(kind: str, tmp_path: Path, truth:
         assert re.sub(r"\D", "", found["start"]).startswith("20240229101112")
 
 
-@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("kind", sorted(WRITERS.keys() - {"MFER", "Kardia"}))  # which begin with nothing certain
 def test_the_content_decides_and_not_the_suffix(kind: str, tmp_path: Path, truth: Ecg) -> None:
     suffix, write, _ = WRITERS[kind]
-    if kind in ("MFER", "Kardia"):
-        pytest.skip("nothing certain stands at its beginning")
     expected = read_ecg(write(tmp_path / f"record{suffix}", truth)).signal
     for name in ("image0001", "record.ecg", "record.dat"):
         (tmp_path / name).write_bytes((tmp_path / f"record{suffix}").read_bytes())
@@ -186,15 +184,13 @@ def test_a_dicom_object_of_a_real_cart_agrees_with_pydicom() -> None:
 
 
 def test_columns_of_a_dicom_page_are_put_side_by_side(tmp_path: Path, truth: Ecg) -> None:
-    columns = [
-        Ecg(truth.signal[i : i + 3, 250 * i // 3 : 250 * (i // 3 + 1)], 250, LEADS[i : i + 3]) for i in (0, 3, 6)
-    ]
+    places = [(slice(3 * number, 3 * number + 3), slice(250 * number, 250 * number + 250)) for number in range(3)]
+    columns = [Ecg(truth.signal[rows, inside], 250, LEADS[rows]) for rows, inside in places]
     groups = [dicom_group(column, "COLUMN", 1000.0 * number) for number, column in enumerate(columns)]
     beat = dicom_group(Ecg(truth.signal[:, :150], 250, LEADS), "MEDIAN BEAT")
     ecg = read_ecg(write_dicom(tmp_path / "page.dcm", truth, [*groups, beat]))
     assert ecg.lead_names == LEADS[:9]
-    for number, rows in enumerate((slice(0, 3), slice(3, 6), slice(6, 9))):
-        inside = slice(250 * number, 250 * (number + 1))
+    for rows, inside in places:
         np.testing.assert_allclose(ecg.signal[rows, inside], truth.signal[rows, inside], atol=HALF_STEP_MV)
         assert np.isfinite(ecg.signal[rows]).sum() == 3 * 250
 
@@ -226,9 +222,8 @@ def test_leads_that_the_file_does_not_name_are_not_guessed(suffix: str, tmp_path
         path = write_mfer(tmp_path / "monitor.mwf", pair)
         content = path.read_bytes()
         for number, code in enumerate((4166, 4167)):  # "ECG1" and "ECG2" of a monitor
-            content = content.replace(
-                mfer_tag(0x09, bytes([number + 1, 0])), mfer_tag(0x09, code.to_bytes(2, "little"))
-            )
+            lead = mfer_tag(0x09, bytes([number + 1, 0]))
+            content = content.replace(lead, mfer_tag(0x09, code.to_bytes(2, "little")))
         path.write_bytes(content)
     with pytest.raises(EcgFileError, match="does not name its 2 leads; pass lead_names"):
         read_ecg(path)
@@ -264,8 +259,6 @@ def test_folders_are_searched_for_every_format_and_nothing_else(tmp_path: Path, 
 
 
 def test_records_with_names_in_capitals_are_found_and_read(tmp_path: Path, truth: Ecg) -> None:
-    from data_builders.synthetic import write_wfdb
-
     for fmt, name in (("16", "a"), ("212", "b")):
         path = write_wfdb(truth, tmp_path / "small", name, fmt=fmt)
         (tmp_path / "capitals").mkdir(exist_ok=True)
@@ -280,9 +273,6 @@ def test_records_with_names_in_capitals_are_found_and_read(tmp_path: Path, truth
 
 
 def test_the_readers_are_not_imported_before_they_are_needed() -> None:
-    import subprocess
-    import sys
-
     code = (
         "import sys, modeling_ecgmoe.ecg_files\n"
         "heavy = {'ecgdatakit', 'pydicom', 'pyedflib', 'scipy', 'wfdb', 'pandas', 'torch', 'defusedxml'}\n"
@@ -292,8 +282,6 @@ def test_the_readers_are_not_imported_before_they_are_needed() -> None:
 
 
 def test_without_the_extra_the_way_out_is_named(tmp_path: Path, truth: Ecg, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     for suffix, package in ((".scp", "ecgdatakit.parsing.parsers.scp_ecg"), (".dcm", "pydicom"), (".bdf", "pyedflib")):
         _, write, _ = next(row for row in WRITERS.values() if row[0] == suffix)
         path = write(tmp_path / f"record{suffix}", truth)
