@@ -4,16 +4,18 @@ Carts write the twelve leads in one group, or three leads every 2.5 s in four gr
 """
 
 import re
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .device_files import MAX_DEVICE_BYTES, choose_channels, parsing
+from .device_files import MAX_DEVICE_BYTES, choose_channels, parsing, read_bytes
 from .leads import find_lead
 from .recording import MAX_VALUES, Ecg, EcgFileError, Facts, millivolts_per, shown
 
 ECG_CLASSES = b"1.2.840.10008.5.1.4.1.1.9.1."  # what the class of every ECG object starts with
+_DEFLATED = b"1.2.840.10008.1.2.1.99"  # its transfer syntax, which could unpack to any size
 _AVERAGED = re.compile(r"median|representative|average|template", re.IGNORECASE)
 _DTYPES = {(8, "SB"): "i1", (8, "UB"): "u1", (16, "SS"): "i2", (16, "US"): "u2", (32, "SL"): "i4", (32, "UL"): "u4"}
 # Lead codes of SCP-ECG, which DICOM took over ("5.6.3-9-1", "2:1"; PS3.16 CID 3001).
@@ -24,16 +26,14 @@ _LEADS_BY_CODE = {
 
 def read_dicom(path: Path, facts: Facts) -> Ecg:
     """A DICOM object of waveforms."""
-    if path.stat().st_size > MAX_DEVICE_BYTES:
-        raise EcgFileError(f"it is larger than {MAX_DEVICE_BYTES} bytes; cut it into shorter records")
+    content = read_bytes(path, MAX_DEVICE_BYTES)
+    if _DEFLATED in content:
+        raise EcgFileError("it is compressed as a whole (deflated); save it in explicit VR little endian")
     with parsing("DICOM"):
         from pydicom import dcmread
-        from pydicom.filereader import read_file_meta_info
 
-        syntax = read_file_meta_info(path).get("TransferSyntaxUID")
-        if syntax is not None and syntax.is_deflated:
-            raise EcgFileError("it is compressed as a whole (deflated); save it in explicit VR little endian")
-        data = dcmread(path)
+        data = dcmread(BytesIO(content))  # of a file, `pydicom` would ask for as many bytes as a damaged length says
+        syntax = data.file_meta.get("TransferSyntaxUID")
         is_little = syntax is None or bool(syntax.is_little_endian)
         groups = [
             _Group(group, is_little)

@@ -12,7 +12,9 @@ import pydicom
 import pyedflib
 import pytest
 import scipy.io
-from ecg_writers import (
+from pydicom.data import get_testdata_file
+
+from benchmarks.ecg_writers import (
     STEP_UV,
     WRITERS,
     counts,
@@ -30,8 +32,6 @@ from ecg_writers import (
     write_philips,
     write_scp,
 )
-from pydicom.data import get_testdata_file
-
 from data_builders.synthetic import synthetic_ecg, write_wfdb
 from modeling_ecgmoe.ecg_files import Ecg, EcgFileError, find_ecgs, read_ecg
 from modeling_ecgmoe.leads import LEADS, arrange_leads, find_lead
