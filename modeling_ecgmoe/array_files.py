@@ -98,7 +98,7 @@ def read_mat(path: Path, facts: Facts) -> Ecg:
         raise EcgFileError("this is a MAT file of version 7.3 (HDF5); save it with MATLAB's -v7, or as NPZ")
     from scipy.io import loadmat, whosmat
 
-    _check_mat(content)
+    content = _unpack_mat(content)
     try:
         shapes = {name: shape for name, shape, kind in whosmat(io.BytesIO(content)) if kind in _MAT_NUMBERS}
         wide = {name: shape for name, shape in shapes.items() if len(shape) == 2 and min(shape) > 0 and max(shape) > 1}
@@ -132,31 +132,53 @@ def looks_like_mat(path: Path) -> bool:
         return False
 
 
-def _check_mat(content: bytes) -> None:
-    """Unpack the variables of a version 5 MAT file in pieces, to know that they are no larger than they may be.
+def _unpack_mat(content: bytes) -> bytes:
+    """A version 5 MAT file with its variables unpacked, so that what its headers promise can be no more than there is.
 
     Raises:
-        EcgFileError: they are.
+        EcgFileError: they unpack to more than `_MAX_MAT_BYTES`, or are damaged.
     """
-    if not content.startswith(b"MATLAB 5.0"):
-        return
+    if 0 in content[:4]:  # version 4, a header of numbers
+        return content
     order: Literal["little", "big"] = "little" if content[126:128] == b"IM" else "big"
-    position, total = 128, 0
+    position, unpacked = 128, bytearray(content[:128])
     while position + 8 <= len(content):
         kind, size = (int.from_bytes(content[position + i : position + i + 4], order) for i in (0, 4))
+        element = content[position : position + 8 + size]
+        position += 8 + size
         if kind == 15:
-            unpacker, rest = zlib.decompressobj(), content[position + 8 : position + 8 + size]
+            unpacker = zlib.decompressobj()
             try:
-                while rest and not unpacker.eof:
-                    total += len(unpacker.decompress(rest, 2**20))
-                    rest = unpacker.unconsumed_tail
-                    if total > _MAX_MAT_BYTES:
-                        raise EcgFileError(
-                            f"it unpacks to more than {_MAX_MAT_BYTES} bytes; cut it into shorter records"
-                        )
+                element = unpacker.decompress(element[8:], _MAX_MAT_BYTES)
             except zlib.error as error:
                 raise EcgFileError(f"this is not a whole MAT file ({shown(error)}); save it again") from error
-        position += 8 + size
+            if not unpacker.eof:
+                raise EcgFileError(
+                    f"a variable is cut off or unpacks to more than {_MAX_MAT_BYTES} bytes; save it again"
+                )
+        _check_elements(element, order)
+        unpacked += element
+        if len(unpacked) > _MAX_MAT_BYTES:
+            raise EcgFileError(f"it unpacks to more than {_MAX_MAT_BYTES} bytes; cut it into shorter records")
+    return bytes(unpacked)
+
+
+def _check_elements(variable: bytes, order: Literal["little", "big"]) -> None:
+    """Compare what the elements of a variable promise with its bytes: scipy takes the memory first.
+
+    Raises:
+        EcgFileError: they do not agree.
+    """
+    size, position = int.from_bytes(variable[4:8], order), 8
+    while position + 8 <= len(variable):
+        word = int.from_bytes(variable[position : position + 4], order)
+        if word >> 16:  # a short element: length and kind share a word, its bytes follow at once
+            position += 8
+            continue
+        length = int.from_bytes(variable[position + 4 : position + 8], order)
+        position += 8 + length + -length % 8
+    if size > len(variable) - 8 or position > len(variable) + 7:
+        raise EcgFileError(f"a variable promises more than its {len(variable)} bytes; save it again")
 
 
 def _from_array(array: np.ndarray, facts: Facts, rate: float | None, names: list[str] | None, unit: str | None) -> Ecg:
