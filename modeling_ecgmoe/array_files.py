@@ -191,7 +191,7 @@ def _from_array(array: np.ndarray, facts: Facts, rate: float | None, names: list
         array = array.T  # (samples, leads): the names leave no doubt
     settled = facts.settle_names(names, array.shape[0])
     scale = facts.settle_unit(unit)
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         signal = np.multiply(array, scale, dtype=np.float64).astype(np.float32)
     return Ecg(signal, facts.settle_rate(rate), settled)
 

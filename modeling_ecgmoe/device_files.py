@@ -37,7 +37,7 @@ _parsing = threading.Lock()
 
 
 @contextmanager
-def parsing(kind: str) -> Iterator[None]:
+def parsing(kind: str, path: Path) -> Iterator[None]:
     """What a parser of a library raises becomes an `EcgFileError`; its warnings are not shown.
 
     One thread at a time: Python's list of warning filters belongs to the process.
@@ -51,9 +51,8 @@ def parsing(kind: str) -> Iterator[None]:
         except (EcgFileError, OSError, MemoryError):
             raise
         except Exception as error:  # the libraries raise whatever their parsing of a damaged file runs into
-            raise EcgFileError(
-                f"this {kind} file cannot be parsed ({type(error).__name__}: {shown(error)})"
-            ) from error
+            reason = shown(f"{type(error).__name__}: {error}".replace(str(path), "it"), 160)
+            raise EcgFileError(f"this {kind} file cannot be parsed ({reason}); export it again") from error
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
@@ -157,7 +156,7 @@ def describe(record: Any) -> dict[str, Any]:
 def read_edf(path: Path, facts: Facts) -> Ecg:
     """EDF and EDF+; the gaps of a discontinuous EDF+ are NaN."""
     _check_edf(path, bytes_per_value=2)
-    with parsing("EDF"):
+    with parsing("EDF", path):
         from ecgdatakit.parsing.parsers.edf import EDFParser
 
         record = EDFParser().parse(path)
@@ -218,7 +217,7 @@ def _spread(samples: np.ndarray, onsets_s: np.ndarray, rate: float) -> np.ndarra
 def read_bdf(path: Path, facts: Facts) -> Ecg:
     """BDF and BDF+, the 24-bit sister of EDF."""
     _check_edf(path, bytes_per_value=3)
-    with parsing("BDF"):
+    with parsing("BDF", path):
         from pyedflib import EdfReader
 
         with EdfReader(str(path)) as file:
@@ -250,7 +249,7 @@ def read_scp(path: Path, facts: Facts) -> Ecg:
     not undo them.
     """
     content = read_bytes(path, MAX_SCP_BYTES)
-    with parsing("SCP-ECG"):
+    with parsing("SCP-ECG", path):
         from ecgdatakit.parsing.parsers.scp_ecg import SCPECGParser
 
         _check_scp(content)
@@ -272,7 +271,7 @@ def _check_scp(content: bytes) -> None:
         struct.error: it is cut off.
     """
     size, length = struct.unpack_from("<I", content, 2)[0], struct.unpack_from("<I", content, 10)[0]
-    if not 36 <= size <= len(content):
+    if not 22 <= size <= len(content):
         raise EcgFileError(f"the header promises {size} bytes, found {len(content)}; it is cut off, copy it again")
     stored = struct.unpack_from("<H", content)[0]
     if stored and stored != crc_hqx(content[2:size], 0xFFFF):
@@ -312,7 +311,7 @@ def read_ishne(path: Path, facts: Facts) -> Ecg:
     """
     if path.stat().st_size > MAX_DEVICE_BYTES:
         raise EcgFileError(f"it is larger than {MAX_DEVICE_BYTES} bytes; cut it into shorter records")
-    with parsing("ISHNE Holter"):
+    with parsing("ISHNE Holter", path):
         from ecgdatakit.parsing.parsers.ishne_holter import ISHNEHolterParser
 
         record = ISHNEHolterParser().parse(path)
@@ -326,7 +325,7 @@ def read_ishne(path: Path, facts: Facts) -> Ecg:
 def read_mfer(path: Path, facts: Facts) -> Ecg:
     """MFER (ISO 22077), the format of Japanese recorders, uncompressed."""
     content = read_bytes(path, MAX_DEVICE_BYTES)
-    with parsing("MFER"):
+    with parsing("MFER", path):
         from ecgdatakit.parsing.parsers.mfer import MFERParser
 
         _check_mfer(content)
@@ -388,7 +387,7 @@ def _check_mfer(content: bytes) -> None:
 def read_kardia(path: Path, facts: Facts) -> Ecg:
     """Recordings of AliveCor's Kardia as its interface gives them, JSON; the unfiltered signal."""
     read_bytes(path, MAX_JSON_BYTES)
-    with parsing("Kardia JSON"):
+    with parsing("Kardia JSON", path):
         from ecgdatakit.parsing.parsers.alivecor_kardia import AliveCorKardiaParser
 
         record = AliveCorKardiaParser().parse(path)

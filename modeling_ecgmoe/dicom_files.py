@@ -29,7 +29,7 @@ def read_dicom(path: Path, facts: Facts) -> Ecg:
     content = read_bytes(path, MAX_DEVICE_BYTES)
     if _DEFLATED in content:
         raise EcgFileError("it is compressed as a whole (deflated); save it in explicit VR little endian")
-    with parsing("DICOM"):
+    with parsing("DICOM", path):
         from pydicom import dcmread
 
         data = dcmread(BytesIO(content))  # of a file, `pydicom` would ask for as many bytes as a damaged length says

@@ -58,10 +58,10 @@ class Ecg:
         return self.signal.shape[1] / self.sampling_rate
 
 
-def shown(text: object) -> str:
-    """A stranger's text made fit for a one-line message: quoted, control characters escaped, cut at 60 characters."""
+def shown(text: object, length: int = 60) -> str:
+    """A stranger's text made fit for a one-line message: quoted, control characters escaped, cut at `length`."""
     text = str(text)
-    return ascii(text if len(text) <= 60 else text[:57] + "...")
+    return ascii(text if len(text) <= length else text[: length - 3] + "...")
 
 
 def millivolts_per(unit: str) -> float | None:
