@@ -1,12 +1,13 @@
-"""Arrays and tables: NPY, NPZ, MAT, CSV and TSV."""
+"""Arrays and tables: NPY, NPZ, CSV and TSV."""
 
 import csv
 import io
 import re
+import sys
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -14,9 +15,6 @@ from .leads import LEADS, find_lead
 from .recording import MAX_VALUES, Ecg, EcgFileError, Facts, shown
 
 _MAX_TEXT_BYTES = 2**28
-_MAX_MAT_BYTES = 2**28
-_MAT_NUMBERS = ("double", "single", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
-_HDF5 = b"\x89HDF\r\n\x1a\n"
 _UNIT_IN_BRACKETS = re.compile(r"(?P<name>.*?)\s*[\[(]\s*(?P<unit>[^\])]+?)\s*[\])]")
 _SECONDS = {"s": 1.0, "sec": 1.0, "seconds": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
 DELIMITERS = {".csv": (",", ";", "\t"), ".tsv": ("\t", ",", ";")}
@@ -51,13 +49,16 @@ def _parse_npy(content: bytes) -> np.ndarray:
         raise EcgFileError(
             f"the array's header promises {num_values * dtype.itemsize} bytes, found {found}; save it again"
         )
-    return np.frombuffer(content, dtype, num_values, file.tell()).reshape(shape, order="F" if is_fortran else "C")
+    array = np.frombuffer(content, dtype, num_values, file.tell())
+    if dtype.kind == "U" and (array.view(f"{dtype.byteorder}u4".replace("=", "")) > sys.maxunicode).any():
+        raise EcgFileError("the array holds characters that do not exist; save it again")
+    return array.reshape(shape, order="F" if is_fortran else "C")
 
 
 def read_npy(path: Path, facts: Facts) -> Ecg:
     if path.stat().st_size > 8 * MAX_VALUES:
         raise EcgFileError(f"it is larger than {8 * MAX_VALUES} bytes; cut it into shorter records")
-    return _from_array(_parse_npy(path.read_bytes()), facts, None, None, None)
+    return ecg_of_array(_parse_npy(path.read_bytes()), facts, None, None, None)
 
 
 def read_npz(path: Path, facts: Facts) -> Ecg:
@@ -83,105 +84,12 @@ def read_npz(path: Path, facts: Facts) -> Ecg:
     except ValueError as error:
         raise EcgFileError("sampling_rate must be one number and unit one text in the archive") from error
     names = [str(name) for name in arrays["lead_names"].ravel()] if "lead_names" in arrays else None
-    return _from_array(arrays["signal"], facts, rate, names, unit)
+    return ecg_of_array(arrays["signal"], facts, rate, names, unit)
 
 
-def read_mat(path: Path, facts: Facts) -> Ecg:
-    """A MAT file up to version 7: the matrix `signal` or `val`, or the only one; the number `sampling_rate` or `fs`.
-
-    Only matrices of numbers are read. CinC's `val` holds converter counts: their unit is the caller's to say.
-    """
-    if path.stat().st_size > _MAX_MAT_BYTES:
-        raise EcgFileError(f"it is larger than {_MAX_MAT_BYTES} bytes; cut it into shorter records")
-    content = path.read_bytes()
-    if content.startswith(_HDF5) or content[512:].startswith(_HDF5):
-        raise EcgFileError("this is a MAT file of version 7.3 (HDF5); save it with MATLAB's -v7, or as NPZ")
-    from scipy.io import loadmat, whosmat
-
-    content = _unpack_mat(content)
-    try:
-        shapes = {name: shape for name, shape, kind in whosmat(io.BytesIO(content)) if kind in _MAT_NUMBERS}
-        wide = {name: shape for name, shape in shapes.items() if len(shape) == 2 and min(shape) > 0 and max(shape) > 1}
-        rates = [name for name in shapes if name.lower() in ("sampling_rate", "fs") and name not in wide]
-        named = [name for name in ("signal", "val") if name in wide] or list(wide)
-        if len(named) != 1 and named[:1] not in (["signal"], ["val"]):
-            raise EcgFileError(f"expected one matrix called 'signal' or 'val', found {shown(sorted(wide))}; rename it")
-        num_values = wide[named[0]][0] * wide[named[0]][1]
-        if num_values > MAX_VALUES:
-            raise EcgFileError(f"it holds {num_values} values, more than {MAX_VALUES}; cut it into shorter records")
-        arrays = loadmat(io.BytesIO(content), variable_names=[named[0], *rates[:1]])
-        signal, rate = arrays[named[0]], [float(arrays[name].item()) for name in rates[:1]]
-    except (EcgFileError, MemoryError):
-        raise
-    except Exception as error:  # scipy lets through whatever its parsing of a damaged file runs into
-        raise EcgFileError(
-            f"this is not a whole MAT file ({type(error).__name__}: {shown(error)}); save it again"
-        ) from error
-    if not isinstance(signal, np.ndarray) or signal.dtype.kind not in "fiu":
-        raise EcgFileError("expected a matrix of real numbers; save plain numbers")
-    return _from_array(signal, facts, next(iter(rate), None), None, None)
-
-
-def looks_like_mat(path: Path) -> bool:
-    """Whether a MAT file holds a matrix called `signal` or `val`."""
-    from scipy.io import whosmat
-
-    try:
-        return any(name in ("signal", "val") and kind in _MAT_NUMBERS for name, _, kind in whosmat(path))
-    except Exception:  # noqa: BLE001  scipy lets through whatever its parsing of a damaged file runs into
-        return False
-
-
-def _unpack_mat(content: bytes) -> bytes:
-    """A version 5 MAT file with its variables unpacked, so that what its headers promise can be no more than there is.
-
-    Raises:
-        EcgFileError: they unpack to more than `_MAX_MAT_BYTES`, or are damaged.
-    """
-    if 0 in content[:4]:  # version 4, a header of numbers
-        return content
-    order: Literal["little", "big"] = "little" if content[126:128] == b"IM" else "big"
-    position, unpacked = 128, bytearray(content[:128])
-    while position + 8 <= len(content):
-        kind, size = (int.from_bytes(content[position + i : position + i + 4], order) for i in (0, 4))
-        element = content[position : position + 8 + size]
-        position += 8 + size
-        if kind == 15:
-            unpacker = zlib.decompressobj()
-            try:
-                element = unpacker.decompress(element[8:], _MAX_MAT_BYTES)
-            except zlib.error as error:
-                raise EcgFileError(f"this is not a whole MAT file ({shown(error)}); save it again") from error
-            if not unpacker.eof:
-                raise EcgFileError(
-                    f"a variable is cut off or unpacks to more than {_MAX_MAT_BYTES} bytes; save it again"
-                )
-        _check_elements(element, order)
-        unpacked += element
-        if len(unpacked) > _MAX_MAT_BYTES:
-            raise EcgFileError(f"it unpacks to more than {_MAX_MAT_BYTES} bytes; cut it into shorter records")
-    return bytes(unpacked)
-
-
-def _check_elements(variable: bytes, order: Literal["little", "big"]) -> None:
-    """Compare what the elements of a variable promise with its bytes: scipy takes the memory first.
-
-    Raises:
-        EcgFileError: they do not agree.
-    """
-    size, position = int.from_bytes(variable[4:8], order), 8
-    while position + 8 <= len(variable):
-        word = int.from_bytes(variable[position : position + 4], order)
-        if word >> 16:  # a short element: length and kind share a word, its bytes follow at once
-            position += 8
-            continue
-        length = int.from_bytes(variable[position + 4 : position + 8], order)
-        position += 8 + length + -length % 8
-    if size > len(variable) - 8 or position > len(variable) + 7:
-        raise EcgFileError(f"a variable promises more than its {len(variable)} bytes; save it again")
-
-
-def _from_array(array: np.ndarray, facts: Facts, rate: float | None, names: list[str] | None, unit: str | None) -> Ecg:
+def ecg_of_array(
+    array: np.ndarray, facts: Facts, rate: float | None, names: list[str] | None, unit: str | None
+) -> Ecg:
     if array.ndim != 2 or array.dtype.kind not in "fiu" or array.size == 0:
         raise EcgFileError(
             f"expected numbers of shape (leads, samples), found shape {array.shape}, type {array.dtype}"
@@ -234,7 +142,7 @@ def read_table(path: Path, facts: Facts) -> Ecg:
         # The running numbers 0, 1, 2... that data frames write for unnamed columns are a header, not a sample.
         is_running = header == [str(i) for i in range(len(header))]
         values = _parse_rows(lines[is_running:], delimiter, len(header))
-        return _from_array(values, facts, None, None, None)
+        return ecg_of_array(values, facts, None, None, None)
     values = _parse_rows(lines[1:], delimiter, len(header))
     names_units = [_split_unit(cell) for cell in header]
     columns = [i for i, (name, _) in enumerate(names_units) if find_lead(name) is not None]
@@ -245,7 +153,7 @@ def read_table(path: Path, facts: Facts) -> Ecg:
         raise EcgFileError(f"its columns have several units {sorted(units)}; write all leads in one unit")
     rate = next((r for i, (name, unit) in enumerate(names_units) if (r := _rate_of(name, unit, values[i]))), None)
     names = [names_units[i][0] for i in columns]
-    return _from_array(values[columns], facts, rate, names, next(iter(units), None))
+    return ecg_of_array(values[columns], facts, rate, names, next(iter(units), None))
 
 
 def looks_like_table(path: Path) -> bool:

@@ -13,9 +13,7 @@ from pathlib import Path
 
 from .array_files import (
     DELIMITERS,
-    looks_like_mat,
     looks_like_table,
-    read_mat,
     read_npy,
     read_npy_header,
     read_npz,
@@ -23,6 +21,7 @@ from .array_files import (
 )
 from .device_files import read_bdf, read_edf, read_ishne, read_kardia, read_mfer, read_scp
 from .dicom_files import ECG_CLASSES, read_dicom
+from .mat_files import looks_like_mat, read_mat
 from .recording import Ecg, EcgFileError, EcgFileWarning, Facts, check_amplitude, shown
 from .wfdb_files import find_header, read_header, read_wfdb
 from .xml_files import looks_like_ecg_xml, read_xml

@@ -33,7 +33,7 @@ OUTSIDE = {
 LAYERS = (
     {"leads", "tasks"},
     {"recording"},
-    {"wfdb_files", "array_files", "device_files", "xml_files", "dicom_files", "ecg_files", "beats"},
+    {"wfdb_files", "array_files", "mat_files", "device_files", "xml_files", "dicom_files", "ecg_files", "beats"},
     {"configuration_ecgmoe", "feature_extraction_ecgmoe"},
     {"temporal", "routing", "fusion"},
     {"modeling_ecgmoe"},
