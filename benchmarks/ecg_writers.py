@@ -17,7 +17,7 @@ import numpy as np
 import scipy.io
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.sequence import Sequence as DicomSequence
-from pydicom.uid import ExplicitVRLittleEndian, TwelveLeadECGWaveformStorage
+from pydicom.uid import UID, ExplicitVRLittleEndian, TwelveLeadECGWaveformStorage
 from pyedflib import FILETYPE_BDFPLUS, FILETYPE_EDFPLUS, EdfWriter
 
 from modeling_ecgmoe.ecg_files import Ecg
@@ -36,7 +36,7 @@ def counts(ecg: Ecg, step_uv: float = STEP_UV) -> np.ndarray:
 
 def write_edf(path: Path, ecg: Ecg, file_type: int = FILETYPE_EDFPLUS, extra: Sequence[dict[str, Any]] = ()) -> Path:
     """EDF+ with an annotation; `extra` are headers of further signals, which hold a ramp."""
-    signal_headers = [
+    signal_headers: list[Any] = [
         {"label": f"ECG {name}", "dimension": "uV", "sample_frequency": ecg.sampling_rate,
          "physical_min": -8000.0, "physical_max": 8000.0,
          "digital_min": -32768 if file_type == FILETYPE_EDFPLUS else -(2**23),
@@ -91,7 +91,7 @@ def dicom_group(ecg: Ecg, label: str = "RHYTHM", offset_ms: float = 0.0, unit: s
 def write_dicom(path: Path, ecg: Ecg, groups: Sequence[Dataset] | None = None) -> Path:
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = TwelveLeadECGWaveformStorage
-    meta.MediaStorageSOPInstanceUID = "1.2.826.0.1.3680043.8.498.1"
+    meta.MediaStorageSOPInstanceUID = UID("1.2.826.0.1.3680043.8.498.1")
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     data = FileDataset(str(path), {}, file_meta=meta, preamble=b"\0" * 128)
     data.SOPClassUID, data.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID

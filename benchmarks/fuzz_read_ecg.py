@@ -43,7 +43,7 @@ from modeling_ecgmoe.ecg_files import Ecg, EcgFileError, read_ecg
 from modeling_ecgmoe.leads import LEADS
 
 ROOT = Path(__file__).resolve().parents[1]
-TIME_LIMIT_S = 5.0
+TIME_LIMIT_S = 5
 MEMORY_LIMIT_MIB = 256  # beyond what the process had before; the seeds take less than 10
 PACKAGES = ("ecgdatakit", "pydicom", "pyedflib", "wfdb", "scipy", "numpy", "defusedxml")
 BAD_NUMBERS = (
@@ -90,7 +90,11 @@ def _kinds() -> list[tuple[str, Callable[[Path, Ecg], Path], dict[str, Any]]]:
 
         kinds.append((f"WFDB {fmt}", write_fmt, {}))
     for name, (suffix, write, _) in WRITERS.items():
-        kinds.append((name, lambda folder, ecg, w=write, s=suffix: w(folder / f"record{s}", ecg), {}))
+
+        def write_file(folder: Path, ecg: Ecg, write: Callable[..., Path] = write, suffix: str = suffix) -> Path:
+            return write(folder / f"record{suffix}", ecg)
+
+        kinds.append((name, write_file, {}))
     return [
         *kinds,
         ("SCP-ECG, beats", lambda folder, ecg: write_scp(folder / "record.scp", ecg, beats=True, order=1), {}),
@@ -164,7 +168,7 @@ def _place(rng: random.Random, content: bytes) -> int:
 
 def _flip(rng: random.Random, content: bytes, _: bytes) -> bytes:
     changed = bytearray(content)
-    for _ in range(rng.choice((1, 2, 8, 32))):
+    for _number in range(rng.choice((1, 2, 8, 32))):
         if changed:
             changed[_place(rng, content)] = rng.choice((0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)))
     return bytes(changed)
@@ -289,10 +293,10 @@ def judge(path: Path, facts: dict[str, Any]) -> str:
     return "read" if sound and 50 <= ecg.sampling_rate <= 10_000 else "an unsound recording"
 
 
-def work(channel: Connection, folder: Path, seeds: dict[str, list[Seed]]) -> None:
-    """The process that reads: takes (name, index), gives (what came of it, CPU seconds, MiB more than before)."""
+def work(channel: Connection, folder: Path, seeds: dict[str, list[Seed]], name: str) -> None:
+    """The process that reads a format: takes an index, gives what came of it, CPU seconds, and MiB more than before."""
     warnings.simplefilter("ignore")
-    for name, (seed, _) in seeds.items():
+    for seed in seeds[name]:
         outcome = judge(write_mutation(folder, seed), seed.facts)
         if outcome != "read":
             raise AssertionError(f"the genuine {name} file gives: {outcome}")
@@ -316,8 +320,8 @@ def work(channel: Connection, folder: Path, seeds: dict[str, list[Seed]]) -> Non
     limit = address_bytes + 4 * MEMORY_LIMIT_MIB * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     channel.send("ready")
-    while (job := channel.recv()) is not None:
-        mutation = mutate(seeds, *job)
+    while (index := channel.recv()) is not None:
+        mutation = mutate(seeds, name, index)
         path = write_mutation(folder, mutation)
         opened.clear()
         began = time.process_time()
@@ -334,24 +338,24 @@ def work(channel: Connection, folder: Path, seeds: dict[str, list[Seed]]) -> Non
 
 
 class Reader:
-    """A process that reads mutations, started anew when it hangs or dies."""
+    """A process that reads mutations of a format, started anew when it hangs or dies."""
 
-    def __init__(self, folder: Path, seeds: dict[str, list[Seed]]) -> None:
-        self.folder, self.seeds = folder, seeds
+    def __init__(self, folder: Path, seeds: dict[str, list[Seed]], name: str) -> None:
+        self.folder, self.seeds, self.name = folder, seeds, name
         self._start()
 
     def _start(self) -> None:
         self.channel, other = multiprocessing.Pipe()
         context = multiprocessing.get_context("fork")
-        self.process = context.Process(target=work, args=(other, self.folder, self.seeds), daemon=True)
+        self.process = context.Process(target=work, args=(other, self.folder, self.seeds, self.name), daemon=True)
         self.process.start()
         other.close()
         if self.channel.recv() != "ready":
             raise RuntimeError("the reading process did not start")
 
-    def read(self, name: str, index: int) -> tuple[str, float, float]:
+    def read(self, index: int) -> tuple[str, float, float]:
         """What came of a mutation, CPU seconds, and MiB that the process has taken."""
-        self.channel.send((name, index))
+        self.channel.send(index)
         outcome = ""
         try:
             if self.channel.poll(TIME_LIMIT_S):
@@ -381,13 +385,13 @@ def fuzz(num_files: int, names: list[str]) -> tuple[list[dict[str, Any]], list[s
     names = names or list(seeds)
     rows, failures = [], []
     with tempfile.TemporaryDirectory() as temporary:
-        reader = Reader(Path(temporary).resolve() / "folder", seeds)
         for place, name in enumerate(names):
             share = num_files // len(names) + (place < num_files % len(names))
             outcomes: Counter[str] = Counter()
             longest_s = most_mib = 0.0
+            reader = Reader(Path(temporary).resolve() / "folder", seeds, name)
             for index in range(share):
-                outcome, took_s, more_mib = reader.read(name, index)
+                outcome, took_s, more_mib = reader.read(index)
                 longest_s, most_mib = max(longest_s, took_s), max(most_mib, more_mib)
                 if outcome not in ("read", "refused"):
                     failures.append(f"{name} {index}: {outcome}")
@@ -403,7 +407,7 @@ def fuzz(num_files: int, names: list[str]) -> tuple[list[dict[str, Any]], list[s
                 "memory, MiB": round(most_mib, 1),
             })  # fmt: skip
             print(rows[-1], flush=True)
-        reader.stop()
+            reader.stop()
     return rows, failures
 
 
@@ -434,8 +438,8 @@ def main() -> None:
         "data": {
             "set": "damaged files of synthetic ECGs",
             "files": options.files,
-            "time_limit_s": TIME_LIMIT_S,
-            "memory_limit_mib": MEMORY_LIMIT_MIB,
+            "s_at_most": TIME_LIMIT_S,
+            "MiB_at_most": MEMORY_LIMIT_MIB,
             "failures": len(failures),
         },
         "rows": rows,
