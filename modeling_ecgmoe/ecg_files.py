@@ -66,9 +66,9 @@ def read_ecg(
         raise FileNotFoundError(f"no such file: {path}")
     facts = Facts(sampling_rate, None if lead_names is None else tuple(lead_names), unit)
     try:
-        reader = None if path.is_dir() else _reader_of(path)
+        reader = _reader_of(path) if path.is_file() else None  # from a pipe nothing would ever come
         if reader is None:
-            found = "a folder" if path.is_dir() else f"suffix {shown(path.suffix)}"
+            found = f"suffix {shown(path.suffix)}" if path.is_file() else "a folder or device"
             raise EcgFileError(f"expected an ECG file ({', '.join(READERS)}), found {found}")
         ecg = reader(path, facts)
         check_amplitude(ecg.signal)

@@ -43,7 +43,7 @@ class Ecg:
     Args:
         signal: float32 (leads, samples) in mV, NaN where missing.
         sampling_rate: in Hz.
-        lead_names: one for each row of `signal`, spelled as in the file.
+        lead_names: one for each row of `signal`, spelled as in the file; where it has codes, what they stand for.
         metadata: what else the file says, empty unless asked for: it may identify the patient.
     """
 

@@ -1,5 +1,6 @@
 """Damaged and hostile files of recorders: refused in one line, before memory is taken, and nothing else is opened."""
 
+import os
 import re
 import struct
 import tracemalloc
@@ -377,3 +378,15 @@ def test_damaged_files_are_read_or_refused(kind: str, tmp_path: Path) -> None:
         outcomes.add(judge(write_mutation(tmp_path / "damaged", mutation), mutation.facts))
     assert outcomes <= {"read", "refused"}
     assert "refused" in outcomes
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "ecg.edf")
+    refuse(tmp_path / "ecg.edf", "found a folder or device")
+
+
+def test_characters_that_do_not_exist_are_refused(tmp_path: Path) -> None:
+    names = np.array(["I"]).view(np.uint32)
+    names[:] = 0x110000
+    np.savez(tmp_path / "ecg", signal=TRUTH.signal[:1], sampling_rate=250, lead_names=names.view("U1"), unit="mV")
+    refuse(tmp_path / "ecg.npz", "characters that do not exist")
