@@ -294,7 +294,7 @@ def judge(path: Path, facts: dict[str, Any]) -> str:
 
 
 def work(channel: Connection, folder: Path, seeds: dict[str, list[Seed]], name: str) -> None:
-    """The process that reads a format: takes an index, gives what came of it, CPU seconds, and MiB beyond the start."""
+    """The process that reads a format: takes an index, gives what came of it, CPU seconds and MiB beyond the start."""
     warnings.simplefilter("ignore")
     for seed in seeds[name]:
         outcome = judge(write_mutation(folder, seed), seed.facts)
