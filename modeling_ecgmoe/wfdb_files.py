@@ -5,15 +5,19 @@ module open a file outside its own folder. Format: WFDB header(5) and signal(5) 
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from shutil import copyfile
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
-MAX_VALUES = 2**28  # samples times channels; 1 GiB as float32, more than 24 hours of 12 leads at 250 Hz
+from .recording import MAX_VALUES, EcgFileError, millivolts_per, shown
+
 MAX_HEADER_BYTES = 2**20
 
-_MILLIVOLTS = {"v": 1e3, "mv": 1.0, "uv": 1e-3, "µv": 1e-3, "μv": 1e-3, "nv": 1e-6}
 _BYTES_PER_VALUE = {
     "8": 1.0, "16": 2.0, "24": 3.0, "32": 4.0, "61": 2.0, "80": 1.0, "160": 2.0, "212": 1.5,
     "310": 4 / 3, "311": 4 / 3,
@@ -43,10 +47,6 @@ _SIGNAL_LINE = re.compile(
     """,
     re.VERBOSE,
 )
-
-
-class EcgFileError(ValueError):
-    """An ECG file that cannot be read or must not be believed. The message is one line: what is wrong, what to do."""
 
 
 @dataclass(frozen=True)
@@ -86,17 +86,6 @@ class WfdbRecord:
     names: list[str]
     header: WfdbHeader
     units: list[str] = field(default_factory=list)
-
-
-def shown(text: object) -> str:
-    """A stranger's text made fit for a one-line message: quoted, control characters escaped, cut at 60 characters."""
-    text = str(text)
-    return ascii(text if len(text) <= 60 else text[:57] + "...")
-
-
-def millivolts_per(unit: str) -> float | None:
-    """How many millivolts one `unit` is, or None where it is not a voltage this project knows."""
-    return _MILLIVOLTS.get(unit.strip().lower())
 
 
 def read_header(path: Path) -> WfdbHeader:
@@ -187,11 +176,18 @@ def read_wfdb(path: Path) -> WfdbRecord:
         EcgFileError: the record is damaged or incomplete, reaches outside its folder, or its header promises what its
             files do not hold.
     """
-    header_path = path.with_suffix(".hea")
-    if not header_path.is_file():
-        raise EcgFileError(f"its header {shown(header_path.name)} is missing; copy it next to the signal file")
+    header_path = find_header(path)
+    if header_path is None:
+        name = path.with_suffix(".hea").name
+        raise EcgFileError(f"its header {shown(name)} is missing; copy it next to the signal file")
     header = read_header(header_path)
     return _read_segments(header_path, header) if header.segments else _read_signals(header_path, header)
+
+
+def find_header(path: Path) -> Path | None:
+    """The header of the record that a file belongs to, its suffix in small letters or in capitals."""
+    candidates = (path, path.with_suffix(".hea"), path.with_suffix(".HEA"))
+    return next((p for p in candidates if p.suffix.lower() == ".hea" and p.is_file()), None)
 
 
 def _read_signals(header_path: Path, header: WfdbHeader) -> WfdbRecord:
@@ -200,7 +196,7 @@ def _read_signals(header_path: Path, header: WfdbHeader) -> WfdbRecord:
     channels = _voltage_channels(header)
     signals = [header.signals[channel] for channel in channels]
     if all(s.format == "16" and s.samples_per_frame == 1 and s.skew == 0 for s in header.signals):
-        signal, samples_per_frame = _read_format_16(header_path.parent, header, channels, num_frames), 1
+        signal, samples_per_frame = _read_format_16(header_path, header, channels, num_frames), 1
     else:
         signal, samples_per_frame = _read_with_wfdb(header_path, header, channels)
     rate = None if header.sampling_rate is None else header.sampling_rate * samples_per_frame
@@ -228,15 +224,16 @@ def _voltage_channels(header: WfdbHeader) -> list[int]:
 def find_signal_file(header_path: Path, name: str) -> Path:
     """The file that a header names, which must lie in the header's own folder.
 
-    A header that is itself a symbolic link (as in a download cache) may have its signal file beside either end.
+    A header that is itself a symbolic link (as in a download cache) may have its signal file beside either end. Copies
+    that went through DOS have names in capitals, which the header writes in small letters.
 
     Raises:
         EcgFileError: the name leads elsewhere, or there is no such file.
     """
     if not re.fullmatch(r"[^/\\:\x00]+", name) or name in (".", ".."):
         raise EcgFileError(f"the header names {shown(name)}, outside its own folder; only a plain file name is read")
-    path = header_path.parent / name
-    if not path.is_file():
+    path = next((p for n in (name, name.upper()) if (p := header_path.parent / n).is_file()), None)
+    if path is None:
         raise EcgFileError(f"the header names {shown(name)}, which is missing; copy it next to the header")
     if path.is_symlink():
         folders = {header_path.parent.resolve(), header_path.resolve().parent}
@@ -298,7 +295,7 @@ def _check_files(header_path: Path, header: WfdbHeader) -> int:
     return num_frames
 
 
-def _read_format_16(folder: Path, header: WfdbHeader, channels: list[int], num_frames: int) -> np.ndarray:
+def _read_format_16(header_path: Path, header: WfdbHeader, channels: list[int], num_frames: int) -> np.ndarray:
     """Little-endian 16-bit samples, interleaved: nearly every 12-lead set, several times faster than by `wfdb`.
 
     Returns:
@@ -308,7 +305,7 @@ def _read_format_16(folder: Path, header: WfdbHeader, channels: list[int], num_f
     for name in {header.signals[channel].file for channel in channels}:
         members = [i for i, s in enumerate(header.signals) if s.file == name]
         count, offset = num_frames * len(members), header.signals[members[0]].offset
-        values = np.fromfile(folder / name, dtype="<i2", count=count, offset=offset)
+        values = np.fromfile(find_signal_file(header_path, name), dtype="<i2", count=count, offset=offset)
         if values.size < count:
             raise EcgFileError(f"{shown(name)} became shorter while it was read; copy it again")
         rows = [row for row, channel in enumerate(channels) if channel in members]
@@ -339,7 +336,9 @@ def _read_with_wfdb(header_path: Path, header: WfdbHeader, channels: list[int]) 
     frames = {header.signals[channel].samples_per_frame for channel in channels}
     # Leads of one record sampled at different rates are averaged down to the frame rate, as the library does.
     samples_per_frame = frames.pop() if len(frames) == 1 else 1
-    record = _call_wfdb(header_path, channels=channels, smooth_frames=samples_per_frame == 1)
+    names = {signal.file for signal in header.signals if signal.format != _NO_SIGNAL}
+    with _named_as_written(header_path, names) as named:
+        record = _call_wfdb(named, channels=channels, smooth_frames=samples_per_frame == 1)
     rows = record.p_signal.T if samples_per_frame == 1 else record.e_p_signal
     scales = [millivolts_per(header.signals[channel].unit) or np.nan for channel in channels]
     signal = np.stack([np.asarray(row, np.float64) * scale for row, scale in zip(rows, scales, strict=True)])
@@ -393,6 +392,18 @@ def _read_segments(header_path: Path, header: WfdbHeader) -> WfdbRecord:
 def _keys(record: WfdbRecord) -> list[tuple[str, int]]:
     """What a channel is recognised by in other segments: its name, or its position where it has none."""
     return [(name, 0 if name else position) for position, name in enumerate(record.names)]
+
+
+@contextmanager
+def _named_as_written(header_path: Path, names: set[str]) -> Iterator[Path]:
+    """The header with its signal files under the names that it writes, copied where they are in capitals."""
+    if header_path.suffix == ".hea" and all((header_path.parent / name).is_file() for name in names):
+        yield header_path
+        return
+    with TemporaryDirectory() as folder:
+        for name in names:
+            copyfile(find_signal_file(header_path, name), Path(folder) / name)
+        yield Path(copyfile(header_path, Path(folder) / f"{header_path.stem}.hea"))
 
 
 def _call_wfdb(header_path: Path, **options: object):  # type: ignore[no-untyped-def]

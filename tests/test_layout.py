@@ -32,7 +32,8 @@ OUTSIDE = {
 # From what knows nothing to what knows everything; a file imports files of its own layer or of one above it here.
 LAYERS = (
     {"leads", "tasks"},
-    {"wfdb_files", "ecg_files", "beats"},
+    {"recording"},
+    {"wfdb_files", "array_files", "mat_files", "device_files", "xml_files", "dicom_files", "ecg_files", "beats"},
     {"configuration_ecgmoe", "feature_extraction_ecgmoe"},
     {"temporal", "routing", "fusion"},
     {"modeling_ecgmoe"},
