@@ -12,6 +12,8 @@ from scipy.optimize import minimize_scalar
 from .tasks import Task
 
 CARD_FILE = "task.json"
+# What adapters call their base; the fingerprint in their card is what is checked.
+BASE_MODEL = "ecg-moe/ecg-moe-base"
 
 
 @dataclass

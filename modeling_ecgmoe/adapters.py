@@ -17,21 +17,21 @@ import numpy as np
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
+from transformers.utils import is_peft_available
 
-from .adapter_card import CARD_FILE, AdapterCard
-from .feature_extraction_ecgmoe import EcgMoeFeatureExtractor
+from .adapter_card import BASE_MODEL, CARD_FILE, AdapterCard
+from .feature_extraction_ecgmoe import EcgMoeFeatureExtractor, Prepared
 from .fusion import LORA_TARGETS
-from .leads import LEADS
 from .modeling_ecgmoe import EcgMoeEncoderOutput, EcgMoeForTasks, add_prior
 from .tasks import Task
 
+if is_peft_available():  # the heads of the model itself answer without
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft.tuners.lora import LoraLayer
+
 logger = logging.getLogger(__name__)
 
-# What adapters call their base; the fingerprint in their card is what is checked.
-BASE_MODEL = "ecg-moe/ecg-moe-base"
 LORA_SCOPES = {
     "fusion": rf"ecgmoe\.fusion\..*({'|'.join(LORA_TARGETS)})",
     "all": rf"ecgmoe\.(fusion|encoder)\..*({'|'.join((*LORA_TARGETS, 'gate_up_proj'))})",
@@ -60,7 +60,7 @@ def fingerprint(model: EcgMoeForTasks) -> str:
 
 def lora_model(
     model: EcgMoeForTasks, task: Task, rank: int = 8, alpha: int = 16, dropout: float = 0.05, scope: str = "fusion"
-) -> PeftModel:
+) -> "PeftModel":
     """Wrap a model so that only the LoRA of one task and its head train; a missing head is added.
 
     Raises:
@@ -86,7 +86,7 @@ def _match_head(model: EcgMoeForTasks, task: Task) -> None:
         model.add_task(task)
 
 
-def save_adapter(model: PeftModel, card: AdapterCard, folder: Path) -> None:
+def save_adapter(model: "PeftModel", card: AdapterCard, folder: Path) -> None:
     """Write an adapter in PEFT's format, with its card, directly into `folder`."""
     name = card.task.name
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,21 +106,6 @@ def save_adapter(model: PeftModel, card: AdapterCard, folder: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- inference
-
-
-@dataclass
-class Prepared:
-    """A recording ready for the model.
-
-    Args:
-        windows: what the feature extractor made of each window of at most `window_s`.
-        quality: its report, joined over the windows.
-        leads: the leads that were read.
-    """
-
-    windows: list[dict[str, Any]]
-    quality: dict[str, Any]
-    leads: list[str]
 
 
 @dataclass
@@ -213,25 +198,8 @@ class MultiTask:
         return self._sizes[task]
 
     def prepare(self, signal: np.ndarray, sampling_rate: float, lead_names: Sequence[str]) -> Prepared:
-        """Make a recording of any length ready; see `EcgMoeFeatureExtractor` for arguments and errors."""
-        self.extractor.check(signal, sampling_rate)
-        windows, refused = [], []
-        for window in self.extractor.windows(signal, sampling_rate):
-            try:
-                windows.append(self.extractor.extract(window, sampling_rate, lead_names))
-            except ValueError as error:
-                # One bad stretch of a long recording does not lose the rest.
-                refused.append(error)
-        if not windows:
-            raise refused[0]
-        quality = dict(windows[0]["quality"])
-        flat = {lead for w in windows for lead in w["quality"]["flat_leads"]}
-        quality["flat_leads"] = [lead for lead in LEADS if lead in flat]
-        quality["beats"] = sum(w["quality"]["beats"] for w in windows)
-        for share in ("clipped", "missing"):
-            quality[share] = round(float(np.mean([w["quality"][share] for w in windows])), 4)
-        quality |= {"windows": len(windows), "windows_refused": len(refused)}
-        return Prepared(windows, quality, list(quality["leads"]))
+        """Make a recording of any length ready; see `EcgMoeFeatureExtractor.prepare`."""
+        return self.extractor.prepare(signal, sampling_rate, lead_names)
 
     def answer(self, prepared: Sequence[Prepared], batch_size: int = 32) -> list[dict[str, dict[str, Any]]]:
         """Answer all tasks for each recording; the windows of one are averaged."""
@@ -255,8 +223,8 @@ class MultiTask:
     def logits(self, windows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
         """task to logits (windows, outputs), from one backbone pass."""
         features = self.extractor.pad(windows, return_tensors="pt")
-        encoded = self.model.ecgmoe.encoder(**{name: features[name] for name in SIGNAL_KEYS})
-        return {name: value.numpy() for name, value in self.task_logits(encoded).items()}
+        encoded = self.model.ecgmoe.encoder(**{name: features[name].to(self.model.device) for name in SIGNAL_KEYS})
+        return {name: value.float().cpu().numpy() for name, value in self.task_logits(encoded).items()}
 
     def task_logits(self, encoded: EcgMoeEncoderOutput) -> dict[str, Tensor]:
         """task to logits (b, outputs), from what the backbone found."""
@@ -322,6 +290,8 @@ def default_model() -> Path:
 
 def _merged(model: EcgMoeForTasks, task: Task, folder: Path) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor], int]:
     """The fusion's weights with an adapter merged in, the adapter's head, and its size; read through PEFT."""
+    if not is_peft_available():
+        raise ImportError("adapters are read by PEFT, which is not installed; run `pip install peft`")
     model = copy.deepcopy(model)  # PEFT changes what it wraps
     _match_head(model, task)
     wrapped = PeftModel.from_pretrained(model, str(folder), adapter_name=task.name)

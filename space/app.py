@@ -17,9 +17,10 @@ import numpy as np
 from PIL import Image
 from plotting import PAGE_S, draw_experts, draw_sheet
 
-from modeling_ecgmoe.adapters import MultiTask, Prepared
+from modeling_ecgmoe.adapters import MultiTask
 from modeling_ecgmoe.cli import CommandError, load_model
 from modeling_ecgmoe.ecg_files import Ecg, find_ecgs
+from modeling_ecgmoe.feature_extraction_ecgmoe import Prepared
 from modeling_ecgmoe.leads import arrange_leads
 from modeling_ecgmoe.prediction import FileFacts, predict_record, read_record
 from modeling_ecgmoe.tasks import DESCRIPTIONS

@@ -1,0 +1,357 @@
+"""Task adapters: LoRA on the fusion plus one head, calibrated, in PEFT's format; and inference with many at once.
+
+The backbone does not depend on the task. `MultiTask` computes it once and then runs the fusion of all tasks together:
+each adapter is merged into a copy of the fusion's weights, the copies are stacked, and one batched call answers all.
+"""
+
+import copy
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
+from transformers.utils import is_peft_available
+
+from .adapter_card import BASE_MODEL, CARD_FILE, AdapterCard
+from .feature_extraction_ecgmoe import EcgMoeFeatureExtractor, Prepared
+from .fusion import LORA_TARGETS
+from .modeling_ecgmoe import EcgMoeEncoderOutput, EcgMoeForTasks, add_prior
+from .tasks import Task
+
+if is_peft_available():  # the heads of the model itself answer without
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft.tuners.lora import LoraLayer
+
+logger = logging.getLogger(__name__)
+
+LORA_SCOPES = {
+    "fusion": rf"ecgmoe\.fusion\..*({'|'.join(LORA_TARGETS)})",
+    "all": rf"ecgmoe\.(fusion|encoder)\..*({'|'.join((*LORA_TARGETS, 'gate_up_proj'))})",
+}
+SIGNAL_KEYS = ("input_values", "lead_mask", "sample_mask", "r_peaks", "rr_intervals_s", "period_s")
+
+
+# ------------------------------------------------------------------------------------------------------ train and save
+
+
+def fingerprint(model: EcgMoeForTasks) -> str:
+    """A short hash of configuration and weights of backbone and fusion: what an adapter must find unchanged.
+
+    Heads do not count, and weights count at half precision, so that a copy saved in float16 is the same base.
+    """
+    config = model.config.to_dict()
+    fixed = set(type(model.config).__annotations__) - set(model.config.editable_fields())
+    kept = {name: config[name] for name in sorted(fixed)}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True, default=list).encode())
+    for name, weight in sorted(model.ecgmoe.state_dict().items()):
+        if weight.is_floating_point():
+            digest.update(name.encode())
+            digest.update(weight.detach().cpu().to(torch.float16).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def lora_model(
+    model: EcgMoeForTasks, task: Task, rank: int = 8, alpha: int = 16, dropout: float = 0.05, scope: str = "fusion"
+) -> "PeftModel":
+    """Wrap a model so that only the LoRA of one task and its head train; a missing head is added.
+
+    Raises:
+        ValueError: the scope is unknown.
+    """
+    if scope not in LORA_SCOPES:
+        raise ValueError(f"unknown LoRA scope {scope!r}; known are {', '.join(LORA_SCOPES)}")
+    _match_head(model, task)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        bias="none",
+        target_modules=LORA_SCOPES[scope],
+        modules_to_save=[f"head_{task.name}"],
+    )
+    return get_peft_model(model, config, adapter_name=task.name)
+
+
+def _match_head(model: EcgMoeForTasks, task: Task) -> None:
+    """Give the model a head for the task, a new one where its own of that name is of another question."""
+    if task.name not in model.tasks or not model.tasks[task.name].reads_like(task):
+        model.add_task(task)
+
+
+def save_adapter(model: "PeftModel", card: AdapterCard, folder: Path) -> None:
+    """Write an adapter in PEFT's format, with its card, directly into `folder`."""
+    name = card.task.name
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder, selected_adapters=[name])
+    inner = folder / name
+    if inner.is_dir():
+        for path in inner.iterdir():
+            path.replace(folder / path.name)
+        inner.rmdir()
+    # PEFT notes where class and base were found here; elsewhere remote code has another path, and so has the base.
+    config_file = folder / "adapter_config.json"
+    values = json.loads(config_file.read_text(encoding="utf-8"))
+    values |= {"auto_mapping": None, "base_model_name_or_path": BASE_MODEL}
+    config_file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    card.save(folder)
+    (folder / "README.md").write_text(card.to_markdown(BASE_MODEL), encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------------- inference
+
+
+@dataclass
+class Explanation:
+    """What the network looked at in the first window of a recording.
+
+    Args:
+        sampling_rate: Hz; input_mv: (12, samples); r_peaks_s: seconds.
+        beat_experts, rhythm_experts: (elements, experts) probabilities of each path's last layer.
+        beat_attention: (beats,) how much the fusion looks at each beat.
+        family_weights: temporal family to its mean gate weight.
+    """
+
+    sampling_rate: int
+    input_mv: np.ndarray
+    r_peaks_s: list[float]
+    beat_experts: np.ndarray
+    rhythm_experts: np.ndarray
+    beat_attention: np.ndarray
+    family_weights: dict[str, float]
+
+
+class MultiTask:
+    """A backbone and any number of task adapters: one backbone pass, one batched fusion, all answers."""
+
+    def __init__(self, model: EcgMoeForTasks, extractor: EcgMoeFeatureExtractor) -> None:
+        self.model = model.eval()
+        self.extractor = extractor
+        self.base = fingerprint(model)
+        self.cards: dict[str, AdapterCard] = {}
+        self._fusions: dict[str, dict[str, Tensor]] = {}
+        self._heads: dict[str, tuple[Tensor, Tensor]] = {}
+        self._sizes: dict[str, int] = {}
+        self._stacked: dict[str, Tensor] | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str | Path, tasks: Sequence[str] | None = None, revision: str | None = None
+    ) -> "MultiTask":
+        """Load a model and its adapters.
+
+        Args:
+            model: a folder, or an id on the Hub.
+            tasks: names of adapters, or folders or ids of some; all that lie beside the model where not given. The
+                adapters of the folder `x/model` lie in `x/adapters/<task>`, those of the id `me/ecg-moe` are
+                `me/ecg-moe-<task>`.
+            revision: of the model on the Hub.
+
+        Of a model on the Hub, tasks without an adapter of their own there are passed over, and named in the log.
+
+        Raises:
+            FileNotFoundError: there is no model or no adapter; the message lists those there are.
+            ValueError: an adapter was made for another base, or adapts more than the fusion.
+        """
+        folder = _folder_of(model, revision)
+        loaded = EcgMoeForTasks.from_pretrained(folder, dtype=torch.float32)
+        many = cls(loaded, EcgMoeFeatureExtractor.from_pretrained(folder))
+        for source in _adapter_sources(str(model), folder, tasks):
+            try:
+                many.load(source)
+            except FileNotFoundError as error:
+                if tasks is not None or Path(model).is_dir():
+                    raise
+                logger.warning("the task is left out: %s", error)
+        return many
+
+    def load(self, source: str | Path, revision: str | None = None) -> str:
+        """Add the adapter of a folder or id, in place of one of the same task; returns the task's name."""
+        folder = _folder_of(source, revision)
+        card = AdapterCard.load(folder)
+        if card.base != self.base:
+            raise ValueError(
+                f"the adapter {source} was trained on base {card.base}, this model is {self.base}; load the model it "
+                "was made for"
+            )
+        name = card.task.name
+        self._fusions[name], self._heads[name], self._sizes[name] = _merged(self.model, card.task, folder)
+        self.cards[name] = card
+        self._stacked = None
+        return name
+
+    def unload(self, task: str) -> None:
+        """Forget an adapter."""
+        for kept in (self.cards, self._fusions, self._heads, self._sizes):
+            del kept[task]
+        self._stacked = None
+
+    def adapter_size(self, task: str) -> int:
+        """How many weights an adapter adds: its LoRA matrices and its head."""
+        return self._sizes[task]
+
+    def prepare(self, signal: np.ndarray, sampling_rate: float, lead_names: Sequence[str]) -> Prepared:
+        """Make a recording of any length ready; see `EcgMoeFeatureExtractor.prepare`."""
+        return self.extractor.prepare(signal, sampling_rate, lead_names)
+
+    def answer(self, prepared: Sequence[Prepared], batch_size: int = 32) -> list[dict[str, dict[str, Any]]]:
+        """Answer all tasks for each recording; the windows of one are averaged."""
+        windows = [window for record in prepared for window in record.windows]
+        parts = [self.logits(windows[i : i + batch_size]) for i in range(0, len(windows), batch_size)]
+        logits = {name: np.concatenate([part[name] for part in parts]) for name in self.cards} if parts else {}
+        answers, start = [], 0
+        for record in prepared:
+            end = start + len(record.windows)
+            num_leads = int(min(window["lead_mask"].sum() for window in record.windows))
+            answers.append(
+                {
+                    name: card.answer(logits[name][start:end].mean(axis=0), num_leads)
+                    for name, card in self.cards.items()
+                }
+            )
+            start = end
+        return answers
+
+    @torch.inference_mode()
+    def logits(self, windows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+        """task to logits (windows, outputs), from one backbone pass."""
+        features = self.extractor.pad(windows, return_tensors="pt")
+        encoded = self.model.ecgmoe.encoder(**{name: features[name].to(self.model.device) for name in SIGNAL_KEYS})
+        return {name: value.float().cpu().numpy() for name, value in self.task_logits(encoded).items()}
+
+    def task_logits(self, encoded: EcgMoeEncoderOutput) -> dict[str, Tensor]:
+        """task to logits (b, outputs), from what the backbone found."""
+        if not self.cards:
+            return {}
+        if self._stacked is None:
+            names = list(self.cards)
+            self._stacked = {
+                key: torch.stack([self._fusions[name][key] for name in names]) for key in self._fusions[names[0]]
+            }
+        fusion, memories = self.model.ecgmoe.fusion, encoded.memories()
+        assert encoded.period_s is not None  # the encoder always gives it
+
+        def fuse(weights: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(fusion, weights, (memories,))[0]
+
+        embeddings = torch.func.vmap(fuse)(self._stacked)
+        return {
+            name: add_prior(
+                torch.nn.functional.linear(embedding, *self._heads[name]), self.cards[name].task, encoded.period_s
+            )
+            for name, embedding in zip(self.cards, embeddings, strict=True)
+        }
+
+    @torch.inference_mode()
+    def explain(self, prepared: Prepared) -> Explanation:
+        """What the network looked at in the first window, with the fusion as pretrained."""
+        window = prepared.windows[0]
+        features = self.extractor.pad([window], return_tensors="pt")
+        output = self.model.ecgmoe(**{name: features[name] for name in SIGNAL_KEYS}, output_attentions=True)
+        encoder, beats = output.encoder, len(window["r_peaks"])
+        weights = encoder.family_weights[0][encoder.token_mask[0]].mean(dim=0)
+        experts = self.model.config.num_experts
+        beat_probs, rhythm_probs = (
+            probs[-1][0].numpy() if probs else np.zeros((0, experts))
+            for probs in (encoder.morphology_router_probs, encoder.rhythm_router_probs)
+        )
+        attention = (output.attentions or {}).get("morphology")
+        return Explanation(
+            sampling_rate=self.extractor.sampling_rate,
+            input_mv=window["input_values"] * self.extractor.scale_mv,
+            r_peaks_s=[float(peak) / self.extractor.sampling_rate for peak in window["r_peaks"]],
+            beat_experts=beat_probs[1 : 1 + beats],
+            rhythm_experts=rhythm_probs,
+            beat_attention=np.zeros(beats) if attention is None else attention[0, 1 : 1 + beats].numpy(),
+            family_weights={
+                name: float(weight) for name, weight in zip(self.model.config.families, weights, strict=True)
+            },
+        )
+
+
+def default_model() -> Path:
+    """The model of the source tree that holds this package.
+
+    Raises:
+        FileNotFoundError: the package is installed without it.
+    """
+    folder = Path(__file__).resolve().parent.parent / "hub" / "model"
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError("no model lies beside this package; pass --model with a folder or an id on the Hub")
+    return folder
+
+
+def _merged(model: EcgMoeForTasks, task: Task, folder: Path) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor], int]:
+    """The fusion's weights with an adapter merged in, the adapter's head, and its size; read through PEFT."""
+    if not is_peft_available():
+        raise ImportError("adapters are read by PEFT, which is not installed; run `pip install peft`")
+    model = copy.deepcopy(model)  # PEFT changes what it wraps
+    _match_head(model, task)
+    wrapped = PeftModel.from_pretrained(model, str(folder), adapter_name=task.name)
+    adapted = [name for name, module in wrapped.named_modules() if isinstance(module, LoraLayer)]
+    if any(".ecgmoe.fusion." not in name for name in adapted):
+        raise ValueError(
+            f"the adapter {folder} adapts the backbone too, so it cannot share one pass of it with others; use it "
+            "alone, through PeftModel.from_pretrained"
+        )
+    fusion = wrapped.base_model.model.ecgmoe.fusion
+    merged = {}
+    for name, module in _plain_modules(fusion):
+        for key, value in module.named_parameters(recurse=False):
+            merged[f"{name}.{key}" if name else key] = value.detach().clone()
+    for name, module in fusion.named_modules():
+        if isinstance(module, LoraLayer):
+            merged[f"{name}.weight"] += module.get_delta_weight(task.name).detach()
+    head = wrapped.base_model.model.heads[f"head_{task.name}"].modules_to_save[task.name]
+    weights = (head.weight.detach().clone(), head.bias.detach().clone())
+    size = sum(p.numel() for name, p in wrapped.named_parameters() if "lora_" in name or "modules_to_save" in name)
+    return merged, weights, size
+
+
+def _plain_modules(fusion: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Modules with weights under the names they have without PEFT."""
+    for name, module in fusion.named_modules():
+        if ".lora_" in f".{name}" or "lora_" in name.split(".")[-1]:
+            continue
+        yield name.removesuffix(".base_layer"), module
+
+
+def _folder_of(source: str | Path, revision: str | None) -> Path:
+    """The folder of a model or adapter, downloaded where `source` is an id on the Hub."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(str(source), revision=revision))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{source} is neither a folder nor an id that the Hub gives out ({type(error).__name__}); check the "
+            "spelling, the network and your login"
+        ) from error
+
+
+def _adapter_sources(model: str, folder: Path, tasks: Sequence[str] | None) -> list[str]:
+    """Where the adapters of a model are."""
+    beside = folder.parent / "adapters"
+    found = sorted(path.parent.name for path in beside.glob(f"*/{CARD_FILE}")) if Path(model).is_dir() else []
+    if tasks is None and Path(model).is_dir():
+        return [str(beside / name) for name in found]
+    names = list(tasks) if tasks is not None else list(EcgMoeForTasks.config_class.from_pretrained(folder).tasks or {})
+    sources = []
+    for name in names:
+        if name in found:
+            sources.append(str(beside / name))
+        elif Path(name).is_dir() or "/" in name:
+            sources.append(name)
+        elif Path(model).is_dir():
+            raise FileNotFoundError(f"no adapter {name!r} beside {model}; there are {', '.join(found) or 'none'}")
+        else:
+            sources.append(f"{model}-{name}")
+    return sources
