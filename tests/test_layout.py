@@ -21,9 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("modeling_ecgmoe", "data_builders")
 # What stands outside the packages and may be imported by whom. The packages themselves are open to everyone.
 OUTSIDE = {
-    "records": {"evaluation", "train", "benchmarks", "tests"},
-    "evaluation": {"train", "benchmarks", "tests"},
-    "checkpoints": {"train"},
+    "records": {"evaluation", "adaptation", "train", "benchmarks", "tests"},
+    "evaluation": {"adaptation", "train", "benchmarks", "tests"},
+    "checkpoints": {"adaptation", "train"},
+    "adaptation": {"train", "tests"},
     "train": {"benchmarks", "tests"},
     "benchmarks": {"tests"},
     "space": {"tests"},

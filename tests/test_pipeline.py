@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from test_remote_code import ROOT, WITHOUT_THE_PACKAGE, run_python
+from test_remote_code import WITHOUT_THE_PACKAGE, run_python
 from tiny_model import TINY_TASKS, save_tiny_model, tiny_model
 from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset
