@@ -66,11 +66,12 @@ class EcgCsv(datasets.GeneratorBasedBuilder):
     DEFAULT_WRITER_BATCH_SIZE = 100
 
     def __init__(self, *args: Any, csv: str | Path, data_dir: str | Path | None = None, **kwargs: Any) -> None:
-        columns = {name: kwargs.get(name) for name in ("patient_column", "split_column")}
-        columns["path_column"] = kwargs.get("path_column", EcgCsvConfig.path_column)
+        path_column = kwargs.get("path_column", EcgCsvConfig.path_column)
+        others = {kind: kwargs[kind] for kind in ("patient_column", "split_column") if kwargs.get(kind)}
         self.folder = Path(data_dir) if data_dir else Path(csv).parent
-        self.rows = read_table(Path(csv), {kind: name for kind, name in columns.items() if name is not None})
-        kwargs.setdefault("hash", _state_of(Path(csv), self.rows, self.folder, columns["path_column"]))
+        self.rows = read_table(Path(csv), {"path_column": path_column} | others)
+        # The state of table, files and code is part of the cache's name.
+        kwargs.setdefault("hash", _state_of(Path(csv), self.rows, self.folder, path_column))
         super().__init__(*args, csv=str(csv), data_dir=str(self.folder), **kwargs)
 
     def _info(self) -> datasets.DatasetInfo:

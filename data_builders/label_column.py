@@ -17,11 +17,16 @@ MAX_CLASSES = 20  # more different labels are not taken for classes without bein
 
 
 def find_labels(rows: datasets.Dataset, task: Task) -> list[Any] | None:
-    """The truth of a task for each row, as `Task.targets` takes it; None where the rows lack its column."""
+    """The truth of a task for each row, as `Task.targets` takes it; None where the rows lack its column.
+
+    Of a table of the user's own (`csv_table`) its cells count, and no column that all data sets share.
+    """
     plain = rows.with_format(None)
-    if task.column in rows.features.get("table", {}):
-        return [read_label(cells[task.column], task) for cells in plain["table"][:]]
-    return plain[task.column][:] if task.column in rows.column_names else None
+    if "table" not in rows.column_names:
+        return plain[task.column][:] if task.column in rows.column_names else None
+    if task.column not in rows.features["table"]:
+        return None
+    return [read_label(cells[task.column], task) for cells in plain["table"][:]]
 
 
 def read_label(text: str, task: Task) -> Any:
@@ -75,7 +80,7 @@ def infer_task(
     why = "by what the column holds, --kind says otherwise" if kind is None else "as asked"
     facts: dict[str, Any] = {"name": name, "kind": chosen, "description": description or column, "column": column}
     if chosen == "regression":
-        task = Task(**facts, unit=unit, **_scale(column, known))
+        task = Task(**(facts | _scale(column, known)), unit=unit)
         logger.info("task %s: regression, %s; mean %g, deviation %g", name, why, task.center, task.spread)
         return task
     if unit:
