@@ -1,8 +1,10 @@
-"""Checkpoints of a training run: killed at any moment, it goes on from a whole one."""
+"""What a training run leaves on disk: its log, its arguments, and checkpoints from which it goes on when killed."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -43,3 +45,21 @@ def resume_checkpoint(accelerator: Accelerator, folder: Path, pace: dict[str, in
         raise ValueError(f"the interrupted run had {noted}, this one has {pace}; resume with the same")
     accelerator.load_state(str(whole[0]))
     return step
+
+
+def write_log(accelerator: Accelerator, output_dir: Path, line: dict[str, Any]) -> None:
+    """Append a line to the run's `log.jsonl`, and print it."""
+    if not accelerator.is_main_process:
+        return
+    output_dir.mkdir(parents=True, exist_ok=True)
+    rounded = {key: round(value, 5) if isinstance(value, float) else value for key, value in line.items()}
+    with (output_dir / "log.jsonl").open("a") as log:
+        log.write(json.dumps(rounded) + "\n")
+    accelerator.print(json.dumps(rounded))
+
+
+def save_arguments(folder: Path, *arguments: Any, **more: Any) -> None:
+    """Write the resolved arguments beside the weights, without the paths of this machine."""
+    paths = ("data_dir", "cache_dir", "output_dir", "model", "model_config", "trunk", "csv")
+    merged = {k: v for a in arguments for k, v in dataclasses.asdict(a).items() if k not in paths}
+    (folder / "training.json").write_text(json.dumps(merged | more, indent=2) + "\n")

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from modeling_ecgmoe.adapters import MultiTask
 from modeling_ecgmoe.metrics import MetricResult, bootstrap_interval
 from modeling_ecgmoe.tasks import TASKS, Task
-from records import DataArguments, EncodedRecords, Records, batches, load_split
+from records import DataArguments, EncodedRecords, Records, batches, load_split, mean_of_windows
 
 
 @torch.inference_mode()
 def predict_logits(
     model: nn.Module, records: Records | EncodedRecords, device: torch.device, tasks: list[str] | None = None
 ) -> dict[str, np.ndarray]:
-    """task to logits (records, outputs), on whole recordings."""
+    """task to logits (records, outputs), on whole recordings; the windows of one are averaged."""
     model.eval()
     parts: dict[str, list[Tensor]] = {}
     for batch in batches(records):
@@ -33,7 +33,7 @@ def predict_logits(
         output = model(**inputs) if tasks is None else model(**inputs, tasks=tasks)
         for name, logits in output.logits.items():
             parts.setdefault(name, []).append(logits.float().cpu())
-    return {name: torch.cat(values).numpy() for name, values in parts.items()}
+    return {name: mean_of_windows(torch.cat(values), records.record_of).numpy() for name, values in parts.items()}
 
 
 def evaluate_quickly(model: nn.Module, records: Records, accelerator: Accelerator) -> dict[str, float]:
@@ -99,4 +99,4 @@ def predict_adapters(many: MultiTask, records: Records) -> dict[str, np.ndarray]
     for batch in batches(records):
         for name, logits in many.task_logits(many.encoder(**batch["signal"])).items():
             parts[name].append(logits)
-    return {name: torch.cat(values).numpy() for name, values in parts.items()}
+    return {name: mean_of_windows(torch.cat(values), records.record_of).numpy() for name, values in parts.items()}

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,15 +17,29 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from data_builders import BUILDERS, find_builder
+from data_builders.csv_table import EcgCsv, shorten
+from data_builders.label_column import find_labels
 from data_builders.rr_consensus import add_rr_interval
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.leads import NUM_LEADS, find_lead
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeEncoderOutput, EcgMoeForTasks
 from modeling_ecgmoe.tasks import Task
 
+logger = logging.getLogger(__name__)
+
 # Part of the cache's key: features prepared by other code are not used again.
 PREPARED_BY = ("leads.py", "beats.py", "feature_extraction_ecgmoe.py")
 VERSION = hashlib.sha256(b"".join(Path(inspect.getfile(find_lead)).with_name(n).read_bytes() for n in PREPARED_BY))
+CSV_OPTIONS = (
+    "csv",
+    "path_column",
+    "patient_column",
+    "split_column",
+    "sampling_rate",
+    "lead_names",
+    "file_unit",
+)
+MAX_WINDOWS = 30  # of one recording, spread over it: a night of ECG does not outweigh all others
 SIGNAL_KEYS = ("input_values", "lead_mask", "sample_mask", "r_peaks", "rr_intervals_s", "period_s")
 
 
@@ -43,10 +58,20 @@ class DataArguments:
     cache_dir: str | None = field(default=None, metadata={"help": "where built data sets are kept"})
     num_proc: int = field(default=2, metadata={"help": "processes that read and prepare recordings"})
     max_records: int | None = field(default=None, metadata={"help": "use only the first records of each split"})
+    csv: str = field(default="", metadata={"help": "a table of files and labels of your own, instead of a data set"})
+    path_column: str = field(default="path", metadata={"help": "files, relative to data_dir or to the table's folder"})
+    patient_column: str | None = field(default=None, metadata={"help": "patients, who never cross splits"})
+    split_column: str | None = field(default=None, metadata={"help": "train, validation, test; by patient otherwise"})
+    sampling_rate: float | None = field(default=None, metadata={"help": "Hz, of files of yours that do not give it"})
+    lead_names: list[str] | None = field(default=None, metadata={"help": "of files of yours that do not name them"})
+    file_unit: str | None = field(default=None, metadata={"help": "V, mV, uV or nV, of files that do not give it"})
 
 
 class Records(Dataset):
     """Prepared recordings of one split in memory, with the targets of all tasks.
+
+    An item is a window of a recording, as prediction cuts it: most recordings are one window. Recordings that the
+    extractor refuses are left out, and named in the log.
 
     Args:
         rows: rows of a builder.
@@ -54,6 +79,13 @@ class Records(Dataset):
         tasks: whose targets are wanted; tasks whose column the rows lack are left out.
         num_proc: processes that prepare.
         leads: see only these leads of each recording, all where not given.
+
+    Attributes:
+        signal: name to (windows, ...), the model's input; record_of: (windows,), whose they are.
+        labels: task to (records, outputs); record_ids, patient_ids: of each record.
+
+    Raises:
+        ValueError: not one recording can be used, or a label is not of its task.
     """
 
     def __init__(
@@ -64,26 +96,45 @@ class Records(Dataset):
         num_proc: int = 1,
         leads: Sequence[str] | None = None,
     ) -> None:
-        prepared = rows.with_format("numpy").map(
-            _prepare,
-            fn_kwargs={"settings": extractor.to_dict(), "leads": leads, "version": VERSION.hexdigest()},
-            remove_columns=rows.column_names,
-            features=_prepared_features(extractor),
-            num_proc=num_proc if len(rows) > 1000 else None,
-            desc="features",
+        wanted = ["signal", "sampling_rate", "lead_names"]
+        prepared = (
+            rows.select_columns(wanted)
+            .with_format("numpy")
+            .map(
+                _prepare,
+                batched=True,
+                batch_size=1,
+                with_indices=True,
+                fn_kwargs={"settings": extractor.to_dict(), "leads": leads, "version": VERSION.hexdigest()},
+                remove_columns=wanted,
+                features=_prepared_features(extractor),
+                num_proc=num_proc if len(rows) > 1000 else None,
+                desc="features",
+            )
         )
+        row_of, refused = np.array(prepared["row"][:]), prepared["refused"][:]
+        names = rows.with_format(None)["record_id"][:]
+        reasons = [f"{names[row]}: {reason}" for row, reason in zip(row_of, refused, strict=True) if reason]
+        usable = [i for i, reason in enumerate(refused) if not reason]
+        if not usable:
+            raise ValueError(f"none of {len(names)} recordings can be used, the first: {reasons[0]}")
+        if reasons:
+            logger.warning("%d of %d recordings are left out:\n  %s", len(reasons), len(names), shorten(reasons))
+            prepared, rows = prepared.select(usable), rows.select(np.unique(row_of[usable]))
         self.signal = {name: _stack(prepared, name) for name in SIGNAL_KEYS}
-        plain = rows.with_format(None)
+        self.record_of = torch.from_numpy(np.unique(row_of[usable], return_inverse=True)[1])
+        truth = {task.name: (task, find_labels(rows, task)) for task in tasks}
         self.labels = {
-            task.name: torch.from_numpy(task.targets(plain[task.column][:]))
-            for task in tasks
-            if task.column in rows.column_names
+            name: torch.from_numpy(task.targets(values))
+            for name, (task, values) in truth.items()
+            if values is not None
         }
+        plain = rows.with_format(None)
         self.record_ids = plain["record_id"][:]
         self.patient_ids = plain["patient_id"][:]
 
     def __len__(self) -> int:
-        return len(self.record_ids)
+        return len(self.record_of)
 
     def __getitems__(self, index: list[int]) -> dict[str, Any]:
         at = torch.tensor(index)
@@ -92,27 +143,49 @@ class Records(Dataset):
         beats = max(1, int((signal["r_peaks"] >= 0).sum(dim=1).max()))
         for name in ("r_peaks", "rr_intervals_s"):
             signal[name] = signal[name][:, :beats]
-        return {"signal": signal, "labels": {name: values[at] for name, values in self.labels.items()}}
+        records = self.record_of[at]
+        return {"signal": signal, "labels": {name: values[records] for name, values in self.labels.items()}}
+
+
+def mean_of_windows(values: Tensor, record_of: Tensor) -> Tensor:
+    """What windows (w, outputs) say of their records, (records, outputs): the mean, as prediction takes it."""
+    sums = values.new_zeros(int(record_of.max()) + 1, values.shape[1]).index_add_(0, record_of, values)
+    return sums / torch.bincount(record_of)[:, None]
 
 
 def _prepare(
-    row: dict[str, Any], settings: dict[str, Any], leads: Sequence[str] | None, version: str
-) -> dict[str, Any]:
+    rows: dict[str, Any], index: list[int], settings: dict[str, Any], leads: Sequence[str] | None, version: str
+) -> dict[str, list[Any]]:
+    """The windows of the one recording in `rows`, or an empty one that says why there is none."""
     extractor = EcgMoeFeatureExtractor(**settings)
-    signal, names = np.asarray(row["signal"]), [str(name) for name in row["lead_names"]]
+    signal, names = np.asarray(rows["signal"][0]), [str(name) for name in rows["lead_names"][0]]
     if leads is not None:
         kept = [i for i, name in enumerate(names) if find_lead(name) in leads]
         signal, names = signal[kept], [names[i] for i in kept]
-    record = extractor.extract(signal, float(row["sampling_rate"]), names)
-    beats = np.full(extractor.max_beats, -1.0, np.float32)
-    beats[: len(record["r_peaks"])] = record["r_peaks"]
-    intervals = np.zeros(extractor.max_beats, np.float32)
-    intervals[: len(record["r_peaks"])] = record["rr_intervals_s"]
+    try:
+        windows = extractor.prepare(signal, float(rows["sampling_rate"][0]), names).windows
+    except ValueError as error:
+        return {name: [value] for name, value in _padded(None, extractor, index[0], str(error)).items()}
+    if len(windows) > MAX_WINDOWS:
+        windows = [windows[i] for i in np.linspace(0, len(windows) - 1, MAX_WINDOWS).round().astype(int)]
+    padded = [_padded(window, extractor, index[0], "") for window in windows]
+    return {name: [window[name] for window in padded] for name in padded[0]}
+
+
+def _padded(
+    window: dict[str, Any] | None, extractor: EcgMoeFeatureExtractor, row: int, refused: str
+) -> dict[str, Any]:
+    """A window at the longest length, with the most beats."""
+    beats, intervals = np.full(extractor.max_beats, -1.0, np.float32), np.zeros(extractor.max_beats, np.float32)
     values = np.zeros((NUM_LEADS, extractor.window_samples), np.float16)
-    values[:, : record["input_values"].shape[1]] = record["input_values"]
-    mask = np.zeros(extractor.window_samples, bool)
-    mask[: len(record["sample_mask"])] = record["sample_mask"]
-    rest = {"lead_mask": record["lead_mask"], "period_s": record["period_s"]}
+    mask, lead_mask, period_s = np.zeros(extractor.window_samples, bool), np.zeros(NUM_LEADS, bool), 0.0
+    if window is not None:
+        beats[: len(window["r_peaks"])] = window["r_peaks"]
+        intervals[: len(window["r_peaks"])] = window["rr_intervals_s"]
+        values[:, : window["input_values"].shape[1]] = window["input_values"]
+        mask[: len(window["sample_mask"])] = window["sample_mask"]
+        lead_mask, period_s = window["lead_mask"], window["period_s"]
+    rest = {"lead_mask": lead_mask, "period_s": period_s, "row": row, "refused": refused}
     return rest | {"input_values": values, "sample_mask": mask, "r_peaks": beats, "rr_intervals_s": intervals}
 
 
@@ -128,6 +201,8 @@ def _prepared_features(extractor: EcgMoeFeatureExtractor) -> datasets.Features:
             "r_peaks": row("float32", extractor.max_beats),
             "rr_intervals_s": row("float32", extractor.max_beats),
             "period_s": datasets.Value("float32"),
+            "row": datasets.Value("int64"),
+            "refused": datasets.Value("string"),
         }
     )
 
@@ -139,15 +214,18 @@ def _stack(prepared: datasets.Dataset, name: str, chunk: int = 2000) -> Tensor:
 
 
 def load_split(arguments: DataArguments, split: str) -> datasets.Dataset:
-    """The rows of a split, with the RR labels."""
-    builder = find_builder(arguments.dataset)(
-        config_name=arguments.config_name, data_dir=arguments.data_dir or None, cache_dir=arguments.cache_dir
-    )
+    """The rows of a split, with the RR labels; of a table of one's own, with its cells instead."""
+    options: dict[str, Any] = {"data_dir": arguments.data_dir or None, "cache_dir": arguments.cache_dir}
+    builder: datasets.GeneratorBasedBuilder
+    if arguments.csv:
+        builder = EcgCsv(**options, **{name: getattr(arguments, name) for name in CSV_OPTIONS})
+    else:
+        builder = find_builder(arguments.dataset)(config_name=arguments.config_name, **options)
     builder.download_and_prepare(num_proc=arguments.num_proc)
     rows = builder.as_dataset(split)
     if arguments.max_records is not None:
         rows = rows.select(range(min(arguments.max_records, len(rows))))
-    if "rr_interval_ms" in rows.column_names:  # from the annotations of a set that has them
+    if arguments.csv or "rr_interval_ms" in rows.column_names:  # labels of its own
         return rows
     return add_rr_interval(rows, num_proc=arguments.num_proc if len(rows) > 1000 else None)
 
@@ -224,6 +302,11 @@ def _kept_leads(batch: int, share: float, device: torch.device) -> Tensor:
     return torch.cat([limbs, chest], dim=1) | (draw[:, 13:14] >= share)
 
 
+def as_is(batch: Any) -> Any:
+    """For data loaders: `__getitems__` makes whole batches already."""
+    return batch
+
+
 def batches(records: "Records | EncodedRecords", size: int = 64) -> Iterator[dict[str, Any]]:
     """All records in order, in batches."""
     for start in range(0, len(records), size):
@@ -250,8 +333,8 @@ class EncodedRecords(Dataset):
         model: its backbone is used as it is.
         records: the recordings.
         device: where to compute.
-        views: how often each recording is encoded; the first time as it is, then disturbed. An item is one view, drawn
-            at random.
+        views: how often each window is encoded; the first time as it is, then disturbed. An item is one view, drawn at
+            random.
     """
 
     def __init__(
@@ -261,7 +344,7 @@ class EncodedRecords(Dataset):
         device: torch.device,
         views: int = 1,
     ) -> None:
-        self.labels, self.num_records, self.views = records.labels, len(records), views
+        self.labels, self.record_of, self.views = records.labels, records.record_of, views
         encoder = model.ecgmoe.encoder.to(device).eval()
         parts: dict[str, list[Tensor]] = {}
         for view in range(views):
@@ -278,12 +361,12 @@ class EncodedRecords(Dataset):
         self.encoded = {name: torch.cat(_same_length(values)) for name, values in parts.items()}
 
     def __len__(self) -> int:
-        return self.num_records
+        return len(self.record_of)
 
     def __getitems__(self, index: list[int]) -> dict[str, Any]:
         at = torch.tensor(index)
-        drawn = at + self.num_records * torch.randint(0, self.views, at.shape)
-        return {"encoded": self.at(drawn), "labels": {name: value[at] for name, value in self.labels.items()}}
+        drawn, records = at + len(self) * torch.randint(0, self.views, at.shape), self.record_of[at]
+        return {"encoded": self.at(drawn), "labels": {name: value[records] for name, value in self.labels.items()}}
 
     def at(self, index: Tensor) -> EcgMoeEncoderOutput:
         """The backbone's output for some rows, without the padding that none of them needs."""

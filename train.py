@@ -8,7 +8,6 @@ One JSON file may replace the arguments: `train.py pretrain benchmarks/configs/p
 are saved beside the weights.
 """
 
-import dataclasses
 import json
 import logging
 import sys
@@ -18,11 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
-from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -30,19 +27,14 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from checkpoints import resume_checkpoint, save_checkpoint
-from evaluation import EvaluateArguments, evaluate, evaluate_quickly, point_metric, predict_logits
-from modeling_ecgmoe.adapter_card import AdapterCard, calibrate, conformal_half_width
-from modeling_ecgmoe.adapters import fingerprint, lora_model, save_adapter
+from adaptation import AdaptArguments, adapt, start_at_base_rates
+from checkpoints import resume_checkpoint, save_arguments, save_checkpoint, write_log
+from evaluation import EvaluateArguments, evaluate, evaluate_quickly
 from modeling_ecgmoe.configuration_ecgmoe import EcgMoeConfig
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
-from modeling_ecgmoe.leads import NUM_LEADS, NUM_LIMB_LEADS
-from modeling_ecgmoe.metrics import MetricResult, bootstrap_interval, find_metric
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeEncoderOutput, EcgMoeForTasks
-from modeling_ecgmoe.tasks import TASKS, Task, find_task
-from records import DataArguments, EncodedRecords, Records, crop, disturb, load_split
-
-logger = logging.getLogger("train")
+from modeling_ecgmoe.tasks import TASKS
+from records import DataArguments, Records, as_is, crop, disturb, load_split
 
 
 @dataclass
@@ -90,19 +82,10 @@ def pretrain(data: DataArguments, arguments: TrainingArguments) -> dict[str, flo
         train = Records(load_split(data, "train"), extractor, tasks, data.num_proc)
         validation = Records(load_split(data, "validation"), extractor, tasks, data.num_proc)
     if arguments.model is None:
-        start_at_base_rates(model, train)
+        start_at_base_rates(model, train.labels)
     if arguments.trunk is not None:
         load_trunk(model, Path(arguments.trunk))
     return fit(model, extractor, train, validation, data, arguments, accelerator)
-
-
-@torch.no_grad()
-def start_at_base_rates(model: Any, train: Records) -> None:
-    """Set the biases of the classification heads to the log-odds of their labels, which no step must then learn."""
-    for name, task in model.tasks.items():
-        if task.kind != "regression" and name in train.labels:
-            share = train.labels[name].nanmean(dim=0).clamp(1e-4, 1 - 1e-4)
-            model.heads[f"head_{name}"].bias.copy_(torch.logit(share))
 
 
 def load_trunk(model: EcgMoeForTasks, folder: Path) -> None:
@@ -142,7 +125,7 @@ def fit(
         )
     for name in set(model.tasks) - set(train.labels):
         model.heads[f"head_{name}"].requires_grad_(False)  # nothing teaches it
-    loader = DataLoader(train, arguments.batch_size, shuffle=True, drop_last=True, collate_fn=_as_is)
+    loader = DataLoader(train, arguments.batch_size, shuffle=True, drop_last=True, collate_fn=as_is)
     optimizer = torch.optim.AdamW(_parameter_groups(model, arguments.weight_decay), lr=arguments.learning_rate)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(arguments.ema_decay), use_buffers=True)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
@@ -189,7 +172,7 @@ def fit(
             metrics = evaluate_quickly(averaged.module, validation, accelerator) if accelerator.is_main_process else {}
             line |= metrics
         line["seconds"] = round(time.time() - began, 1)
-        _log(accelerator, output_dir, line)
+        write_log(accelerator, output_dir, line)
         save_checkpoint(accelerator, output_dir, step, pace)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -246,202 +229,6 @@ def accelerator_for(arguments: TrainingArguments) -> Accelerator:
     project = ProjectConfiguration(project_dir=arguments.output_dir)
     loading = DataLoaderConfiguration(use_seedable_sampler=True)  # the order of an epoch survives an interruption
     return Accelerator(mixed_precision=arguments.mixed_precision, project_config=project, dataloader_config=loading)
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
-
-
-def _log(accelerator: Accelerator, output_dir: Path, line: dict[str, Any]) -> None:
-    if not accelerator.is_main_process:
-        return
-    output_dir.mkdir(parents=True, exist_ok=True)
-    rounded = {key: round(value, 5) if isinstance(value, float) else value for key, value in line.items()}
-    with (output_dir / "log.jsonl").open("a") as log:
-        log.write(json.dumps(rounded) + "\n")
-    accelerator.print(json.dumps(rounded))
-
-
-def save_arguments(folder: Path, *arguments: Any, **more: Any) -> None:
-    """Write the resolved arguments beside the weights, without the paths of this machine."""
-    paths = ("data_dir", "cache_dir", "output_dir", "model", "model_config", "trunk")
-    merged = {k: v for a in arguments for k, v in dataclasses.asdict(a).items() if k not in paths}
-    (folder / "training.json").write_text(json.dumps(merged | more, indent=2) + "\n")
-
-
-# --------------------------------------------------------------------------------------------------------------- adapt
-
-
-@dataclass
-class AdaptArguments:
-    """How to adapt the model to tasks. `benchmarks/configs/adapt.json` holds what made the published adapters."""
-
-    task: list[str] = field(
-        default_factory=list, metadata={"help": f"tasks: {', '.join(TASKS)}, or JSON files of new ones"}
-    )
-    model: str = field(default="hub/model", metadata={"help": "the model to adapt, a folder or an id on the Hub"})
-    output_dir: str = field(
-        default="runs/adapters", metadata={"help": "each adapter goes to a folder of its name in here"}
-    )
-    epochs: int = field(default=3, metadata={"help": "passes over the training split"})
-    batch_size: int = field(default=128, metadata={"help": "records a step and process"})
-    learning_rate: float = field(default=5e-4, metadata={"help": "highest learning rate of the cosine schedule"})
-    weight_decay: float = field(default=0.01, metadata={"help": "AdamW's decay"})
-    lora_rank: int = field(default=8, metadata={"help": "rank of LoRA"})
-    lora_alpha: int = field(default=16, metadata={"help": "scale of LoRA"})
-    lora_dropout: float = field(default=0.1, metadata={"help": "dropout on LoRA's input"})
-    lora_scope: str = field(
-        default="fusion", metadata={"help": "fusion, or all: the backbone too, at one pass a task"}
-    )
-    views: int = field(default=2, metadata={"help": "encodings of each record: as it is, and disturbed"})
-    level: float = field(default=0.9, metadata={"help": "coverage of the intervals of regressions"})
-    trained_on: str = field(default="PTB-XL 1.0.3, folds 1-8, 100 Hz", metadata={"help": "the data, for the card"})
-    evidence: str = field(default="measured", metadata={"help": "measured, or simulated where the ECGs are"})
-    mixed_precision: str = field(default="no", metadata={"help": "no or bf16"})
-    seed: int = field(default=0, metadata={"help": "seed"})
-    max_steps: int | None = field(default=None, metadata={"help": "stop after so many steps (smoke runs)"})
-
-
-def adapt(data: DataArguments, arguments: AdaptArguments) -> dict[str, MetricResult]:
-    """Train one adapter for each task; what the backbone makes of the recordings is computed once for all of them."""
-    if not arguments.task:
-        raise ValueError(f"name the tasks to adapt to: --task {' '.join(TASKS)}, or a task's JSON file")
-    set_seed(arguments.seed)
-    accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
-    tasks = [Task.from_json_file(name) if name.endswith(".json") else find_task(name) for name in arguments.task]
-    model = EcgMoeForTasks.from_pretrained(arguments.model, dtype=torch.float32)
-    extractor = EcgMoeFeatureExtractor.from_pretrained(arguments.model)
-    with accelerator.main_process_first():
-        rows = {split: load_split(data, split) for split in ("train", "validation")}
-        records = {s: Records(rows[s], extractor, tasks, data.num_proc) for s in rows}
-        fewer = {
-            count: Records(rows["validation"], extractor, tasks, data.num_proc, leads)
-            for count, leads in FEWER_LEADS.items()
-        }
-    for task in tasks:
-        if task.name not in records["train"].labels:
-            raise ValueError(f"task {task.name} reads the column {task.column!r}, which {data.dataset} does not have")
-    train: Records | EncodedRecords = records["train"]
-    validation: dict[int, Records | EncodedRecords] = {NUM_LEADS: records["validation"], **fewer}
-    if arguments.lora_scope == "fusion":
-        train = EncodedRecords(model, records["train"], accelerator.device, arguments.views)
-        validation = {
-            n: EncodedRecords(model, r, accelerator.device)
-            for n, r in ({NUM_LEADS: records["validation"]} | fewer).items()
-        }
-    results = {}
-    for task in tasks:
-        fresh = EcgMoeForTasks.from_pretrained(arguments.model, dtype=torch.float32)
-        wrapped = lora_model(
-            fresh, task, arguments.lora_rank, arguments.lora_alpha, arguments.lora_dropout, arguments.lora_scope
-        )
-        fit_adapter(wrapped, task, train, validation[NUM_LEADS], arguments, accelerator)
-        if accelerator.is_main_process:
-            wrapped.eval()
-            card = AdapterCard(
-                task, fingerprint(model), arguments.evidence, arguments.trained_on, level=arguments.level
-            )
-            patients = records["validation"].patient_ids
-            results[task.name] = calibrate_on(wrapped, card, validation, patients, accelerator.device)
-            folder = Path(arguments.output_dir) / task.name
-            save_adapter(wrapped, card, folder)
-            # A task of the user's own is a file on this machine; its name is enough, the card holds the rest.
-            save_arguments(folder, data, dataclasses.replace(arguments, task=[t.name for t in tasks]))
-            _log(accelerator, Path(arguments.output_dir), {"task": task.name} | card.metrics)
-    accelerator.wait_for_everyone()
-    return results
-
-
-def fit_adapter(
-    model: PeftModel,
-    task: Task,
-    train: Records | EncodedRecords,
-    validation: Records | EncodedRecords,
-    arguments: AdaptArguments,
-    accelerator: Accelerator,
-) -> None:
-    """Train LoRA and head of one task in place, and keep the best epoch on validation; none may be the best. The
-    backbone stays as it is, its batch statistics too."""
-    loader = DataLoader(
-        train, arguments.batch_size, shuffle=True, drop_last=len(train) > arguments.batch_size, collate_fn=_as_is
-    )
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(trained.values(), lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
-    prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    total = arguments.max_steps or arguments.epochs * len(loader)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total)
-    bar = tqdm(total=total, desc=task.name, disable=not accelerator.is_main_process, mininterval=10.0)
-    targets = validation.labels[task.name].numpy()
-
-    def measure() -> tuple[float, dict[str, Tensor]]:
-        value = point_metric(
-            task, targets, predict_logits(model, validation, accelerator.device, [task.name])[task.name]
-        )
-        return value, {name: p.detach().clone() for name, p in trained.items()}
-
-    rate = accelerator.unwrap_model(prepared).base_model.model.config.sampling_rate
-    step, sign = 0, 1.0 if find_metric(task.metric).higher_is_better else -1.0
-    best = measure()
-    course = [best[0]]
-    while step < total:
-        for batch in loader:
-            prepared.train()
-            accelerator.unwrap_model(prepared).base_model.model.ecgmoe.encoder.eval()
-            inputs = {"encoder_output": batch["encoded"]} if "encoded" in batch else disturb(batch["signal"], rate)
-            with accelerator.autocast():
-                output = prepared(**inputs, labels={task.name: batch["labels"][task.name]}, tasks=[task.name])
-            accelerator.backward(output.loss)
-            accelerator.clip_grad_norm_(trained.values(), 2.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            step += 1
-            bar.update()
-            if step >= total:
-                break
-        now = measure()
-        course.append(now[0])
-        if not sign * best[0] > sign * now[0]:
-            best = now
-    with torch.no_grad():
-        for name, p in trained.items():
-            p.copy_(best[1][name])
-    logger.info("%s: %s on validation by epoch %s", task.name, task.metric, [round(value, 4) for value in course])
-    accelerator.free_memory()
-
-
-# The leads behind an interval for so many known leads: a single one, and two that give all six limb leads.
-FEWER_LEADS: dict[int, tuple[str, ...]] = {NUM_LIMB_LEADS: ("I", "II"), 1: ("I",)}
-
-
-def calibrate_on(
-    model: PeftModel,
-    card: AdapterCard,
-    validation: dict[int, Records | EncodedRecords],
-    patients: list[str],
-    device: torch.device,
-) -> MetricResult:
-    """Fit the card's temperature, thresholds or intervals on validation records, and note the main metric there.
-
-    Args:
-        validation: number of leads to the records as seen with so many.
-        patients: of each record, for the interval of the metric.
-    """
-    task = card.task
-    targets = validation[NUM_LEADS].labels[task.name].numpy()
-    known = np.isfinite(targets)
-    for count, records in validation.items():
-        logits = predict_logits(model, records, device, [task.name])[task.name]
-        if count == NUM_LEADS:
-            calibrate(card, logits, targets)
-            result = bootstrap_interval(task.metric, targets, task.answers(logits), groups=patients)
-        elif task.kind == "regression":
-            card.half_widths[str(count)] = conformal_half_width(
-                task.answers(logits)[known], targets[known], card.level
-            )
-    interval = {"low": round(result.low, 4), "high": round(result.high, 4)}
-    card.metrics = {f"validation_{task.metric}": round(result.value, 4)} | interval
-    return result
 
 
 # ---------------------------------------------------------------------------------------------------------------- main

@@ -76,7 +76,7 @@ def main(argv: list[str]) -> None:
             Records(load_split(data, split), extractor, list(model.tasks.values()), data.num_proc)
             for split in ("train", "validation")
         )
-    start_at_base_rates(model, train)
+    start_at_base_rates(model, train.labels)
     fit(model, extractor, train, validation, data, arguments, accelerator)
 
 

@@ -1,7 +1,8 @@
 """ECG-MoE: one backbone pass over an ECG, then any number of clinical tasks, each a small LoRA adapter.
 
 After `import modeling_ecgmoe` the classes `AutoConfig`, `AutoModel` and `AutoFeatureExtractor` of transformers know
-the model. The import takes no time: what needs torch is loaded when a name of this package, or an auto class, is used.
+the model, and `pipeline` knows the task `ecg-analysis`. The import takes no time: what needs torch is loaded when a
+name of this package, an auto class or a pipeline is used.
 """
 
 import importlib
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from .feature_extraction_ecgmoe import EcgMoeFeatureExtractor
     from .leads import LEADS
     from .modeling_ecgmoe import EcgMoeForTasks, EcgMoeModel
+    from .pipeline_ecgmoe import EcgMoePipeline
     from .tasks import TASKS, Task
 
 _FILE_OF = {
@@ -29,6 +31,7 @@ _FILE_OF = {
     "EcgMoeFeatureExtractor": "feature_extraction_ecgmoe",
     "EcgMoeForTasks": "modeling_ecgmoe",
     "EcgMoeModel": "modeling_ecgmoe",
+    "EcgMoePipeline": "pipeline_ecgmoe",
     "LEADS": "leads",
     "MultiTask": "adapters",
     "TASKS": "tasks",
@@ -43,6 +46,7 @@ __all__ = [
     "EcgMoeFeatureExtractor",
     "EcgMoeForTasks",
     "EcgMoeModel",
+    "EcgMoePipeline",
     "LEADS",
     "MultiTask",
     "TASKS",
@@ -85,10 +89,22 @@ def _register_models(auto: ModuleType) -> None:
     auto.AutoModelForTimeSeriesPrediction.register(EcgMoeConfig, EcgMoeForTasks, exist_ok=True)
 
 
+def _register_pipeline(pipelines: ModuleType) -> None:
+    from transformers import AutoModelForTimeSeriesPrediction
+
+    from .modeling_ecgmoe import PIPELINE_TASK
+    from .pipeline_ecgmoe import EcgMoePipeline
+
+    pipelines.PIPELINE_REGISTRY.register_pipeline(
+        PIPELINE_TASK, pipeline_class=EcgMoePipeline, pt_model=AutoModelForTimeSeriesPrediction
+    )
+
+
 _REGISTER: dict[str, Callable[[ModuleType], None]] = {
     "transformers.models.auto.configuration_auto": _register_config,
     "transformers.models.auto.feature_extraction_auto": _register_feature_extractor,
     "transformers.models.auto.modeling_auto": _register_models,
+    "transformers.pipelines": _register_pipeline,
 }
 
 

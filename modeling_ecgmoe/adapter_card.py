@@ -1,7 +1,8 @@
 """What an adapter says of itself beyond its weights: the task, its calibration, where it comes from."""
 
 import json
-from dataclasses import asdict, dataclass, field
+import sys
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import numpy as np
 from huggingface_hub import ModelCardData
 from scipy.optimize import minimize_scalar
 
-from .tasks import Task
+from .tasks import TASKS, Task
 
 CARD_FILE = "task.json"
+# What adapters call their base; the fingerprint in their card is what is checked.
+BASE_MODEL = "ecg-moe/ecg-moe-base"
+ABBREVIATIONS = ("auprc", "auroc", "ece", "mae", "rmse")
 
 
 @dataclass
@@ -77,17 +81,17 @@ class AdapterCard:
             tags=["ecg", "medical", "lora", "ecg-moe", task.name],
             pipeline_tag="other",
         )
-        figures = [f"- {name}: {value}" for name, value in self.metrics.items()]
-        outputs = f"one number in {task.unit}" if task.kind == "regression" else ", ".join(task.labels)
+        outputs = f"one number in {task.unit or 'the unit of its labels'}" if task.kind == "regression" else "labels"
         lines = [
             f"---\n{header.to_yaml()}\n---\n",
             f"# ECG-MoE adapter: {task.name}\n",
             f"Answers from an ECG: {task.description}. Output ({task.kind.replace('_', ' ')}): {outputs}.\n",
+            *self._label_table(),
             "LoRA on the fusion of ECG-MoE and one head, in PEFT's format; `task.json` holds labels, temperature,",
             f"thresholds and intervals. It fits the base with fingerprint `{self.base}` and no other.\n",
             f"Trained on {self.trained_on}. Evidence: {self.evidence}.\n",
             "On validation data, on which the calibration was fitted too:\n",
-            *figures,
+            *self._figures(),
             "\n```python",
             "from modeling_ecgmoe.adapters import MultiTask\n",
             f'model = MultiTask.from_pretrained("{base_model}", tasks=["{task.name}"])',
@@ -95,6 +99,31 @@ class AdapterCard:
             "Research software, not a medical device: its answers must not guide the care of a patient.",
         ]
         return "\n".join(lines) + "\n"
+
+    def _label_table(self) -> list[str]:
+        task = self.task
+        if not task.labels:
+            return []
+        thresholds: list[float | None] = [*[None] * (len(task.labels) - len(self.thresholds)), *self.thresholds]
+        lines = ["| label | SCP-ECG | SNOMED CT | given from |", "|---|---|---|---:|"]
+        for label, threshold in zip(task.labels, thresholds, strict=True):
+            codes = task.codes.get(label, {})
+            given = "" if threshold is None else f"{threshold:.2f}"
+            lines.append(f"| {label} | {codes.get('scp_ecg', '')} | {codes.get('snomed_ct', '')} | {given} |")
+        return [*lines, ""]
+
+    def _figures(self) -> list[str]:
+        """The measured results, a line each, with 95 % intervals; whatever else was noted follows as it is."""
+        left, lines = dict(self.metrics), []
+        for number, name in enumerate(self.task.metrics):
+            ends = ("low", "high") if number == 0 else (f"{name}_low", f"{name}_high")
+            value, *interval = (left.pop(key, None) for key in (f"validation_{name}", *ends))
+            if value is not None:
+                unit = f" {self.task.unit}".rstrip() if self.task.kind == "regression" else ""
+                between = "" if None in interval else f" (95 % interval {interval[0]} to {interval[1]})"
+                title = " ".join(word.upper() if word in ABBREVIATIONS else word for word in name.split("_"))
+                lines.append(f"- {title}: {value}{unit}{between}")
+        return lines + [f"- {name}: {value}" for name, value in left.items()]
 
     def answer(self, logits: np.ndarray, num_leads: int) -> dict[str, Any]:
         """The answer of one record, as the command line gives it.
@@ -107,10 +136,11 @@ class AdapterCard:
         out: dict[str, Any]
         if task.kind == "regression":
             value = float(task.answers(logits)[0])
-            out = {"value": round(value, 2), "unit": task.unit}
+            digits = task.decimals + 2
+            out = {"value": round(value, digits), "unit": task.unit}
             if self.half_widths:
                 half = self._half_width(num_leads)
-                out |= {"interval": [round(value - half, 2), round(value + half, 2)], "level": self.level}
+                out |= {"interval": [round(value - half, digits), round(value + half, digits)], "level": self.level}
         else:
             probabilities = task.answers(logits / self.temperature)
             if task.kind == "binary":
@@ -135,18 +165,31 @@ class AdapterCard:
         return [labels[int(np.argmax(probabilities))]]
 
 
-def calibrate(card: AdapterCard, logits: np.ndarray, targets: np.ndarray) -> None:
-    """Fit temperature and thresholds, or the interval of full recordings, on validation data; changes `card`.
+def renew_card(folder: Path) -> None:
+    """Write an adapter's `task.json` and page anew, with the codes that the task table has today. All else stays."""
+    card = AdapterCard.load(folder)
+    known = TASKS.get(card.task.name)
+    if known is not None and known.reads_like(card.task):
+        card.task = replace(card.task, codes=known.codes)
+    card.save(folder)
+    (folder / "README.md").write_text(card.to_markdown(BASE_MODEL), encoding="utf-8")
+
+
+def calibrate(card: AdapterCard, logits: np.ndarray, targets: np.ndarray, num_leads: int = 12) -> None:
+    """Fit temperature and thresholds, or the interval of a regression, on validation data; changes `card`.
 
     Args:
         logits, targets: (records, outputs), targets NaN where unknown.
+        num_leads: how many leads the records have.
     """
     task = card.task
     known = np.isfinite(targets)
     if not known.any():
         raise ValueError(f"task {task.name}: no validation record has a label, so nothing can be calibrated")
     if task.kind == "regression":
-        card.half_widths["12"] = conformal_half_width(task.answers(logits)[known], targets[known], card.level)
+        card.half_widths[str(num_leads)] = conformal_half_width(
+            task.answers(logits)[known], targets[known], card.level
+        )
         return
 
     def loss(log_temperature: float) -> float:
@@ -180,3 +223,8 @@ def best_threshold(probabilities: np.ndarray, truth: np.ndarray) -> float:
     best = int(np.argmax(f1))
     following = probabilities[order][best + 1] if best + 1 < len(order) else 0.0
     return float(0.5 * (probabilities[order][best] + following))
+
+
+if __name__ == "__main__":  # python -m modeling_ecgmoe.adapter_card hub/adapters/*
+    for name in sys.argv[1:]:
+        renew_card(Path(name))

@@ -1,7 +1,7 @@
-"""Task adapters: LoRA on the fusion plus one head, calibrated, in PEFT's format; and inference with many at once.
+"""Inference with many task adapters at once: LoRA on the fusion plus one head each, calibrated, in PEFT's format.
 
 The backbone does not depend on the task. `MultiTask` computes it once and then runs the fusion of all tasks together.
-PEFT trains and saves adapters and is imported for that alone; inference reads what it saved.
+It reads what PEFT saved without PEFT; `lora.py` trains and saves.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,25 +20,13 @@ from torch import Tensor
 
 from .adapter_card import CARD_FILE, AdapterCard
 from .configuration_ecgmoe import EcgMoeConfig
-from .feature_extraction_ecgmoe import EcgMoeFeatureExtractor
+from .feature_extraction_ecgmoe import EcgMoeFeatureExtractor, Prepared
 from .folding import folded
-from .fusion import LORA_TARGETS
-from .leads import LEADS
 from .modeling_ecgmoe import EcgMoeEncoderOutput, EcgMoeForTasks, add_prior
 from .stacking import CONFIG_FILE, AdapterWeights, StackedFusion
-from .tasks import Task
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 logger = logging.getLogger(__name__)
 
-# What adapters call their base; the fingerprint in their card is what is checked.
-BASE_MODEL = "ecg-moe/ecg-moe-base"
-LORA_SCOPES = {
-    "fusion": rf"ecgmoe\.fusion\..*({'|'.join(LORA_TARGETS)})",
-    "all": rf"ecgmoe\.(fusion|encoder)\..*({'|'.join((*LORA_TARGETS, 'gate_up_proj'))})",
-}
 # The configuration that adapters of the first release were trained on. Of later fields only values other than the
 # default count: a new field must not orphan every adapter there is.
 HASHED_FIELDS = (
@@ -75,9 +63,6 @@ HASHED_FIELDS = (
 SIGNAL_KEYS = ("input_values", "lead_mask", "sample_mask", "r_peaks", "rr_intervals_s", "period_s")
 
 
-# ------------------------------------------------------------------------------------------------------ train and save
-
-
 def fingerprint(model: EcgMoeForTasks) -> str:
     """A short hash of configuration and weights of backbone and fusion: what an adapter must find unchanged.
 
@@ -98,73 +83,6 @@ def fingerprint(model: EcgMoeForTasks) -> str:
             digest.update(name.encode())
             digest.update(weight.detach().cpu().to(torch.float16).contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def lora_model(
-    model: EcgMoeForTasks, task: Task, rank: int = 8, alpha: int = 16, dropout: float = 0.05, scope: str = "fusion"
-) -> "PeftModel":
-    """Wrap a model so that only the LoRA of one task and its head train; a missing head is added.
-
-    Raises:
-        ValueError: the scope is unknown.
-    """
-    if scope not in LORA_SCOPES:
-        raise ValueError(f"unknown LoRA scope {scope!r}; known are {', '.join(LORA_SCOPES)}")
-    from peft import LoraConfig, get_peft_model
-
-    _match_head(model, task)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        bias="none",
-        target_modules=LORA_SCOPES[scope],
-        modules_to_save=[f"head_{task.name}"],
-    )
-    return get_peft_model(model, config, adapter_name=task.name)
-
-
-def _match_head(model: EcgMoeForTasks, task: Task) -> None:
-    """Give the model a head for the task, a new one where its own of that name is of another question."""
-    if task.name not in model.tasks or not model.tasks[task.name].reads_like(task):
-        model.add_task(task)
-
-
-def save_adapter(model: "PeftModel", card: AdapterCard, folder: Path) -> None:
-    """Write an adapter in PEFT's format, with its card, directly into `folder`."""
-    name = card.task.name
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder, selected_adapters=[name])
-    inner = folder / name
-    if inner.is_dir():
-        for path in inner.iterdir():
-            path.replace(folder / path.name)
-        inner.rmdir()
-    # PEFT notes where class and base were found here; elsewhere remote code has another path, and so has the base.
-    config_file = folder / CONFIG_FILE
-    values = json.loads(config_file.read_text(encoding="utf-8"))
-    values |= {"auto_mapping": None, "base_model_name_or_path": BASE_MODEL}
-    config_file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    card.save(folder)
-    (folder / "README.md").write_text(card.to_markdown(BASE_MODEL), encoding="utf-8")
-
-
-# ----------------------------------------------------------------------------------------------------------- inference
-
-
-@dataclass
-class Prepared:
-    """A recording ready for the model.
-
-    Args:
-        windows: what the feature extractor made of each window of at most `window_s`.
-        quality: its report, joined over the windows.
-        leads: the leads that were read.
-    """
-
-    windows: list[dict[str, Any]]
-    quality: dict[str, Any]
-    leads: list[str]
 
 
 @dataclass
@@ -281,25 +199,8 @@ class MultiTask:
         return {"model": self.name, "base": self.base, "adapters": {n: w.hash for n, w in self._weights.items()}}
 
     def prepare(self, signal: np.ndarray, sampling_rate: float, lead_names: Sequence[str]) -> Prepared:
-        """Make a recording of any length ready; see `EcgMoeFeatureExtractor` for arguments and errors."""
-        self.extractor.check(signal, sampling_rate)
-        windows, refused = [], []
-        for window in self.extractor.windows(signal, sampling_rate):
-            try:
-                windows.append(self.extractor.extract(window, sampling_rate, lead_names))
-            except ValueError as error:
-                # One bad stretch of a long recording does not lose the rest.
-                refused.append(error)
-        if not windows:
-            raise refused[0]
-        quality = dict(windows[0]["quality"])
-        flat = {lead for w in windows for lead in w["quality"]["flat_leads"]}
-        quality["flat_leads"] = [lead for lead in LEADS if lead in flat]
-        quality["beats"] = sum(w["quality"]["beats"] for w in windows)
-        for share in ("clipped", "missing"):
-            quality[share] = round(float(np.mean([w["quality"][share] for w in windows])), 4)
-        quality |= {"windows": len(windows), "windows_refused": len(refused)}
-        return Prepared(windows, quality, list(quality["leads"]))
+        """Make a recording of any length ready; see `EcgMoeFeatureExtractor.prepare`."""
+        return self.extractor.prepare(signal, sampling_rate, lead_names)
 
     def answer(self, prepared: Sequence[Prepared], batch_size: int = 32) -> list[dict[str, dict[str, Any]]]:
         """Answer all tasks for each recording; the windows of one are averaged."""
@@ -323,8 +224,8 @@ class MultiTask:
     def logits(self, windows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
         """task to logits (windows, outputs), from one backbone pass."""
         features = self.extractor.pad(windows, return_tensors="pt")
-        encoded = self.encoder(**{name: features[name] for name in SIGNAL_KEYS})
-        return {name: value.numpy() for name, value in self.task_logits(encoded).items()}
+        encoded = self.encoder(**{name: features[name].to(self.model.device) for name in SIGNAL_KEYS})
+        return {name: value.float().cpu().numpy() for name, value in self.task_logits(encoded).items()}
 
     def task_logits(self, encoded: EcgMoeEncoderOutput) -> dict[str, Tensor]:
         """task to logits (b, outputs), from what the backbone found."""

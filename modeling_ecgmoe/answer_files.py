@@ -227,9 +227,9 @@ def _show_answer(answer: dict[str, Any], card: "AdapterCard") -> Iterator[str]:
     from .tasks import DESCRIPTIONS
 
     if "value" in answer:
-        interval = answer.get("interval")
-        ends = f"  ({answer['level']:.0%}: {interval[0]:.0f} to {interval[1]:.0f})" if interval else ""
-        yield f"{answer['value']:.0f} {card.task.unit}{ends}"
+        interval, digits = answer.get("interval"), card.task.decimals
+        ends = f"  ({answer['level']:.0%}: {interval[0]:.{digits}f} to {interval[1]:.{digits}f})" if interval else ""
+        yield f"{answer['value']:.{digits}f} {card.task.unit}".rstrip() + ends
         return
     probabilities = answer["probabilities"]
     given = sorted(answer["labels"], key=lambda label: -probabilities[label])

@@ -100,6 +100,9 @@ class EcgMoeConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.tasks is None:
             self.tasks = {name: TASKS[name].to_dict() for name in PRETRAINING_TASKS}
+        if __name__.startswith("modeling_ecgmoe."):
+            # The entry asks for the code in the checkpoint's folder; whoever has this package has the pipeline in it.
+            kwargs.pop("custom_pipelines", None)
         super().__post_init__(**kwargs)
         _check_names("families", self.families, FAMILIES)
         _check_names("paths", self.paths, PATHS)

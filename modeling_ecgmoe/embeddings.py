@@ -26,7 +26,6 @@ from .answer_files import CommandError
 ROWS_AT_ONCE = 1024
 
 
-
 class Embedder(MultiTask):
     """The model as pretrained, without any adapter: what it answers is the embedding."""
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +17,21 @@ from .leads import LEADS, NUM_LEADS, arrange_leads, find_lead
 MIN_SAMPLING_RATE = 50.0
 MAX_SAMPLING_RATE = 10_000.0
 FLAT_MV = 1e-3
+
+
+@dataclass
+class Prepared:
+    """A recording ready for the model.
+
+    Args:
+        windows: what the feature extractor made of each window of at most `window_s`.
+        quality: its report, joined over the windows.
+        leads: the leads that were read.
+    """
+
+    windows: list[dict[str, Any]]
+    quality: dict[str, Any]
+    leads: list[str]
 
 
 class EcgMoeFeatureExtractor(FeatureExtractionMixin):
@@ -172,6 +188,31 @@ class EcgMoeFeatureExtractor(FeatureExtractionMixin):
         if signal.shape[1] - (starts[-1] + length) >= self.min_duration_s * sampling_rate:
             starts.append(signal.shape[1] - length)
         return [signal[:, start : start + length] for start in starts]
+
+    def prepare(self, signal: np.ndarray, sampling_rate: float, lead_names: Sequence[str]) -> Prepared:
+        """Make a recording of any length ready: all its windows, and one report of them; see `__call__`.
+
+        Raises:
+            ValueError: as `__call__`, where no window can be used.
+        """
+        self.check(signal, sampling_rate)
+        windows, refused = [], []
+        for window in self.windows(signal, sampling_rate):
+            try:
+                windows.append(self.extract(window, sampling_rate, lead_names))
+            except ValueError as error:
+                # One bad stretch of a long recording does not lose the rest.
+                refused.append(error)
+        if not windows:
+            raise refused[0]
+        quality = dict(windows[0]["quality"])
+        flat = {lead for w in windows for lead in w["quality"]["flat_leads"]}
+        quality["flat_leads"] = [lead for lead in LEADS if lead in flat]
+        quality["beats"] = sum(w["quality"]["beats"] for w in windows)
+        for share in ("clipped", "missing"):
+            quality[share] = round(float(np.mean([w["quality"][share] for w in windows])), 4)
+        quality |= {"windows": len(windows), "windows_refused": len(refused)}
+        return Prepared(windows, quality, list(quality["leads"]))
 
     def resample(self, arranged: np.ndarray, known: np.ndarray, sampling_rate: float) -> tuple[np.ndarray, np.ndarray]:
         """Band-pass and resample (12, samples) in one Fourier step; returns mV and what is known of it, (12, T)."""

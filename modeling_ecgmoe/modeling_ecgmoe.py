@@ -10,9 +10,12 @@ Axes: b record, l lead, t sample, s token, n beat, m rhythm element, d channel, 
 After Xu et al. 2026, arXiv 2603.04589, whose inner design is not public: the parts are theirs, their form is ours.
 """
 
+import copy
 import math
 import os
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.utils import ModelOutput
 
 from .configuration_ecgmoe import EcgMoeConfig
@@ -36,6 +40,11 @@ from .routing import (
 )
 from .tasks import Task
 from .temporal import CardiacClock, StateSpace, TemporalFeatures
+
+PIPELINE_TASK = "ecg-analysis"
+PIPELINES = {
+    PIPELINE_TASK: {"impl": "pipeline_ecgmoe.EcgMoePipeline", "pt": ["AutoModelForTimeSeriesPrediction"]},
+}
 
 
 @dataclass
@@ -116,6 +125,7 @@ class EcgMoePreTrainedModel(PreTrainedModel):
     config_class = EcgMoeConfig
     base_model_prefix = "ecgmoe"
     main_input_name = "input_values"
+    input_modalities = ("time",)
     supports_gradient_checkpointing = False
     is_gradient_checkpointing = False  # PEFT asks by this name, and transformers warns whoever does
     # transformers looks for the experts in this file's source; they live in routing.py.
@@ -129,10 +139,17 @@ class EcgMoePreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save weights, configuration and the code that loads them without this package being installed.
 
-        transformers notes the saved class alone; a checkpoint with heads could then not be opened as an encoder.
+        transformers notes the saved class alone; a checkpoint with heads could then not be opened as an encoder, nor
+        by a pipeline, whose code nothing here imports.
         """
         self.config.auto_map = {"AutoModel": f"{EcgMoeModel.__module__.split('.')[-1]}.{EcgMoeModel.__name__}"}
+        code = Path(__file__).with_name("pipeline_ecgmoe.py")
+        has_pipeline = isinstance(self, EcgMoeForTasks) and code.is_file()
+        if has_pipeline:
+            self.config.custom_pipelines = copy.deepcopy(PIPELINES)  # transformers writes classes into it
         super().save_pretrained(save_directory, *args, **kwargs)
+        for file in [code, *map(Path, get_relative_import_files(code))] if has_pipeline else []:
+            shutil.copyfile(file, Path(save_directory) / file.name)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -1,22 +1,18 @@
-"""From ECG files to output lines: what the command line and the Space share.
+"""From ECG files to output lines: what the command line and the Space share. A line is told in `record_answers`."""
 
-A line is the JSON object of one record: record, path, status, sampling_rate, leads, duration_s, quality and tasks, or
-record, path, status "error" and error.
-"""
-
-import json
 from collections import deque
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .adapters import MultiTask, Prepared
+from .adapters import MultiTask
 from .ecg_files import Ecg, EcgFileError, read_ecg
+from .feature_extraction_ecgmoe import Prepared
 from .leads import find_lead
+from .record_answers import BATCH_SIZE, LoadedRecord, answer_records, prepare_record, refuse_record
 
-BATCH_SIZE = 32
 NUM_READERS = 2
 
 
@@ -34,19 +30,6 @@ class FileFacts:
     sampling_rate: float | None = None
     leads: tuple[str, ...] | None = None
     unit: str | None = None
-
-
-@dataclass
-class LoadedRecord:
-    """A record on its way: its line as far as known, and what the model needs, None where it was refused."""
-
-    line: dict[str, Any]
-    prepared: Prepared | None = None
-
-    @property
-    def num_windows(self) -> int:
-        """How many windows the model has to see."""
-        return 0 if self.prepared is None else len(self.prepared.windows)
 
 
 def read_record(path: Path, facts: FileFacts) -> Ecg:
@@ -79,55 +62,17 @@ def read_record(path: Path, facts: FileFacts) -> Ecg:
 
 def load_record(many: MultiTask, path: Path, facts: FileFacts) -> LoadedRecord:
     """Read a file and make it ready for the model. What goes wrong becomes the record's line and is not raised."""
-    line: dict[str, Any] = {"record": path.stem, "path": str(path), "status": "ok"}
+    line: dict[str, Any] = {"record": path.stem, "path": str(path)}
     try:
         ecg = read_record(path, facts)
-        prepared = many.prepare(ecg.signal, ecg.sampling_rate, ecg.lead_names)
+        return prepare_record(many, line, ecg.signal, ecg.sampling_rate, ecg.lead_names)
     except FileNotFoundError as error:
-        return _refused(line, f"{error}; check the path")
+        return refuse_record(line, f"{error}; check the path")
     except ValueError as error:
-        return _refused(line, str(error))
+        return refuse_record(line, str(error))
     except Exception as error:  # noqa: BLE001  whatever one file of an archive stumbles over, the others go on
-        return _refused(line, f"{type(error).__name__}: {error}; leave it out, and report it if the file is sound")
-    rate = ecg.sampling_rate
-    line |= {
-        "sampling_rate": int(rate) if float(rate).is_integer() else rate,
-        "leads": prepared.leads,
-        "duration_s": round(ecg.duration_s, 3),
-        "quality": prepared.quality,
-    }
-    return LoadedRecord(line, prepared)
-
-
-def _refused(line: dict[str, Any], reason: str) -> LoadedRecord:
-    message = " ".join(f"{line['record']}: {reason}".split())
-    return LoadedRecord({"record": line["record"], "path": line["path"], "status": "error", "error": message})
-
-
-def answer_records(many: MultiTask, records: Sequence[LoadedRecord], batch_size: int) -> list[dict[str, Any]]:
-    """The finished lines of records, in their order, from batches of at most `batch_size` windows.
-
-    Only windows of one length share a batch: padding would let the longest of them move the answers of the others.
-    """
-    by_length: dict[int, list[tuple[int, Prepared]]] = {}
-    for index, record in enumerate(records):
-        if record.prepared is not None:
-            length = record.prepared.windows[0]["input_values"].shape[1]
-            by_length.setdefault(length, []).append((index, record.prepared))
-    lines = [record.line for record in records]
-    for alike in by_length.values():
-        answers = many.answer([prepared for _, prepared in alike], batch_size)
-        for (index, _), tasks in zip(alike, answers, strict=True):
-            lines[index] = _finished(lines[index], tasks)
-    return lines
-
-
-def _finished(line: dict[str, Any], tasks: dict[str, Any]) -> dict[str, Any]:
-    try:
-        json.dumps(tasks, allow_nan=False)
-    except ValueError:
-        return _refused(line, "the model gives no finite answer; leave it out, and report it").line
-    return line | {"tasks": tasks}
+        reason = f"{type(error).__name__}: {error}; leave it out, and report it if the file is sound"
+        return refuse_record(line, reason)
 
 
 def predict_record(

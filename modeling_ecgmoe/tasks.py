@@ -7,7 +7,7 @@ made by a user is the same `Task`, read from a JSON file.
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,31 +15,36 @@ import numpy as np
 
 
 class Statement(NamedTuple):
-    """One SCP-ECG statement of PTB-XL (`scp_statements.csv`, v1.0.3)."""
+    """One SCP-ECG statement of PTB-XL (`scp_statements.csv`, v1.0.3).
+
+    `snomed_ct` is the concept that the PhysioNet Challenges 2020 and 2021 use for the same finding
+    (`dx_mapping_scored.csv`, `dx_mapping_unscored.csv`), empty where none says exactly the same.
+    """
 
     code: str
     description: str
     groups: str
     superclass: str
+    snomed_ct: str = ""
 
 
 STATEMENTS = (
     Statement("NDT", "non-diagnostic T abnormalities", "diagnostic+form", "STTC"),
     Statement("NST_", "non-specific ST changes", "diagnostic+form", "STTC"),
     Statement("DIG", "digitalis-effect", "diagnostic+form", "STTC"),
-    Statement("LNGQT", "long QT-interval", "diagnostic+form", "STTC"),
+    Statement("LNGQT", "long QT-interval", "diagnostic+form", "STTC", "111975006"),
     Statement("NORM", "normal ECG", "diagnostic", "NORM"),
     Statement("IMI", "inferior myocardial infarction", "diagnostic", "MI"),
     Statement("ASMI", "anteroseptal myocardial infarction", "diagnostic", "MI"),
-    Statement("LVH", "left ventricular hypertrophy", "diagnostic", "HYP"),
-    Statement("LAFB", "left anterior fascicular block", "diagnostic", "CD"),
+    Statement("LVH", "left ventricular hypertrophy", "diagnostic", "HYP", "164873001"),
+    Statement("LAFB", "left anterior fascicular block", "diagnostic", "CD", "445118002"),
     Statement("ISC_", "non-specific ischemic", "diagnostic", "STTC"),
-    Statement("IRBBB", "incomplete right bundle branch block", "diagnostic", "CD"),
-    Statement("1AVB", "first degree AV block", "diagnostic", "CD"),
-    Statement("IVCD", "non-specific intraventricular conduction disturbance (block)", "diagnostic", "CD"),
+    Statement("IRBBB", "incomplete right bundle branch block", "diagnostic", "CD", "713426002"),
+    Statement("1AVB", "first degree AV block", "diagnostic", "CD", "270492004"),
+    Statement("IVCD", "non-specific intraventricular conduction disturbance (block)", "diagnostic", "CD", "698252002"),
     Statement("ISCAL", "ischemic in anterolateral leads", "diagnostic", "STTC"),
-    Statement("CRBBB", "complete right bundle branch block", "diagnostic", "CD"),
-    Statement("CLBBB", "complete left bundle branch block", "diagnostic", "CD"),
+    Statement("CRBBB", "complete right bundle branch block", "diagnostic", "CD", "713427006"),
+    Statement("CLBBB", "complete left bundle branch block", "diagnostic", "CD", "733534002"),
     Statement("ILMI", "inferolateral myocardial infarction", "diagnostic", "MI"),
     Statement("LAO/LAE", "left atrial overload/enlargement", "diagnostic", "HYP"),
     Statement("AMI", "anterior myocardial infarction", "diagnostic", "MI"),
@@ -48,16 +53,16 @@ STATEMENTS = (
     Statement("INJAS", "subendocardial injury in anteroseptal leads", "diagnostic", "MI"),
     Statement("LMI", "lateral myocardial infarction", "diagnostic", "MI"),
     Statement("ISCIL", "ischemic in inferolateral leads", "diagnostic", "STTC"),
-    Statement("LPFB", "left posterior fascicular block", "diagnostic", "CD"),
+    Statement("LPFB", "left posterior fascicular block", "diagnostic", "CD", "445211001"),
     Statement("ISCAS", "ischemic in anteroseptal leads", "diagnostic", "STTC"),
     Statement("INJAL", "subendocardial injury in anterolateral leads", "diagnostic", "MI"),
     Statement("ISCLA", "ischemic in lateral leads", "diagnostic", "STTC"),
-    Statement("RVH", "right ventricular hypertrophy", "diagnostic", "HYP"),
+    Statement("RVH", "right ventricular hypertrophy", "diagnostic", "HYP", "89792004"),
     Statement("ANEUR", "ST-T changes compatible with ventricular aneurysm", "diagnostic", "STTC"),
     Statement("RAO/RAE", "right atrial overload/enlargement", "diagnostic", "HYP"),
     Statement("EL", "electrolytic disturbance or drug (former EDIS)", "diagnostic", "STTC"),
-    Statement("WPW", "Wolf-Parkinson-White syndrome", "diagnostic", "CD"),
-    Statement("ILBBB", "incomplete left bundle branch block", "diagnostic", "CD"),
+    Statement("WPW", "Wolf-Parkinson-White syndrome", "diagnostic", "CD", "74390002"),
+    Statement("ILBBB", "incomplete left bundle branch block", "diagnostic", "CD", "251120003"),
     Statement("IPLMI", "inferoposterolateral myocardial infarction", "diagnostic", "MI"),
     Statement("ISCAN", "ischemic in anterior leads", "diagnostic", "STTC"),
     Statement("IPMI", "inferoposterior myocardial infarction", "diagnostic", "MI"),
@@ -65,35 +70,35 @@ STATEMENTS = (
     Statement("INJIN", "subendocardial injury in inferior leads", "diagnostic", "MI"),
     Statement("INJLA", "subendocardial injury in lateral leads", "diagnostic", "MI"),
     Statement("PMI", "posterior myocardial infarction", "diagnostic", "MI"),
-    Statement("3AVB", "third degree AV block", "diagnostic", "CD"),
+    Statement("3AVB", "third degree AV block", "diagnostic", "CD", "27885002"),
     Statement("INJIL", "subendocardial injury in inferolateral leads", "diagnostic", "MI"),
-    Statement("2AVB", "second degree AV block", "diagnostic", "CD"),
-    Statement("ABQRS", "abnormal QRS", "form", ""),
-    Statement("PVC", "ventricular premature complex", "form", ""),
+    Statement("2AVB", "second degree AV block", "diagnostic", "CD", "195042002"),
+    Statement("ABQRS", "abnormal QRS", "form", "", "164951009"),
+    Statement("PVC", "ventricular premature complex", "form", "", "427172004"),
     Statement("STD_", "non-specific ST depression", "form", ""),
     Statement("VCLVH", "voltage criteria (QRS) for left ventricular hypertrophy", "form", ""),
-    Statement("QWAVE", "Q waves present", "form", ""),
+    Statement("QWAVE", "Q waves present", "form", "", "164917005"),
     Statement("LOWT", "low amplitude T-waves", "form", ""),
     Statement("NT_", "non-specific T-wave changes", "form", ""),
-    Statement("PAC", "atrial premature complex", "form", ""),
-    Statement("LPR", "prolonged PR interval", "form", ""),
-    Statement("INVT", "inverted T-waves", "form", ""),
-    Statement("LVOLT", "low QRS voltages in the frontal and horizontal leads", "form", ""),
+    Statement("PAC", "atrial premature complex", "form", "", "284470004"),
+    Statement("LPR", "prolonged PR interval", "form", "", "164947007"),
+    Statement("INVT", "inverted T-waves", "form", "", "59931005"),
+    Statement("LVOLT", "low QRS voltages in the frontal and horizontal leads", "form", "", "251146004"),
     Statement("HVOLT", "high QRS voltage", "form", ""),
-    Statement("TAB_", "T-wave abnormality", "form", ""),
+    Statement("TAB_", "T-wave abnormality", "form", "", "164934002"),
     Statement("STE_", "non-specific ST elevation", "form", ""),
     Statement("PRC(S)", "premature complex(es)", "form", ""),
-    Statement("SR", "sinus rhythm", "rhythm", ""),
-    Statement("AFIB", "atrial fibrillation", "rhythm", ""),
-    Statement("STACH", "sinus tachycardia", "rhythm", ""),
-    Statement("SARRH", "sinus arrhythmia", "rhythm", ""),
-    Statement("SBRAD", "sinus bradycardia", "rhythm", ""),
-    Statement("PACE", "normal functioning artificial pacemaker", "rhythm", ""),
+    Statement("SR", "sinus rhythm", "rhythm", "", "426783006"),
+    Statement("AFIB", "atrial fibrillation", "rhythm", "", "164889003"),
+    Statement("STACH", "sinus tachycardia", "rhythm", "", "427084000"),
+    Statement("SARRH", "sinus arrhythmia", "rhythm", "", "427393009"),
+    Statement("SBRAD", "sinus bradycardia", "rhythm", "", "426177001"),
+    Statement("PACE", "normal functioning artificial pacemaker", "rhythm", "", "10370003"),
     Statement("SVARR", "supraventricular arrhythmia", "rhythm", ""),
     Statement("BIGU", "bigeminal pattern (unknown origin, SV or Ventricular)", "rhythm", ""),
-    Statement("AFLT", "atrial flutter", "rhythm", ""),
-    Statement("SVTAC", "supraventricular tachycardia", "rhythm", ""),
-    Statement("PSVT", "paroxysmal supraventricular tachycardia", "rhythm", ""),
+    Statement("AFLT", "atrial flutter", "rhythm", "", "164890007"),
+    Statement("SVTAC", "supraventricular tachycardia", "rhythm", "", "426761007"),
+    Statement("PSVT", "paroxysmal supraventricular tachycardia", "rhythm", "", "67198005"),
     Statement("TRIGU", "trigeminal pattern (unknown origin, SV or Ventricular)", "rhythm", ""),
 )
 SUPERCLASSES = ("NORM", "MI", "STTC", "CD", "HYP")
@@ -102,6 +107,10 @@ DIAGNOSTIC_STATEMENTS = tuple(s.code for s in STATEMENTS if "diagnostic" in s.gr
 FORM_STATEMENTS = tuple(s.code for s in STATEMENTS if "form" in s.groups)
 SUPERCLASS_OF = {s.code: s.superclass for s in STATEMENTS if s.superclass}
 DESCRIPTIONS = {s.code: s.description for s in STATEMENTS}
+# Label to its code in each terminology, where there is one that says the same.
+STATEMENT_CODES = {
+    s.code: {"scp_ecg": s.code} | ({"snomed_ct": s.snomed_ct} if s.snomed_ct else {}) for s in STATEMENTS
+}
 
 KINDS = ("regression", "binary", "multi_class", "multi_label")
 PRIORS = ("rr_interval_ms",)
@@ -124,6 +133,7 @@ class Task:
             not given.
         prior: a measurement of the feature extractor that a regression starts from, one of `PRIORS`, or "".
         loss_weight: the weight of the task in joint training.
+        codes: label to terminology ("snomed_ct", "scp_ecg") to code, for labels that have one.
     """
 
     name: str
@@ -137,6 +147,7 @@ class Task:
     metric: str = ""
     prior: str = ""
     loss_weight: float = 1.0
+    codes: dict[str, dict[str, str]] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", tuple(self.labels))
@@ -152,6 +163,9 @@ class Task:
             raise ValueError(f"task {self.name}: a binary task has two labels, found {self.labels}")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError(f"task {self.name}: a label occurs twice in {self.labels}")
+        uncoded = sorted(set(self.codes) - set(self.labels))
+        if uncoded:
+            raise ValueError(f"task {self.name}: codes for {', '.join(uncoded)}, which are not among its labels")
         if self.prior and (self.prior not in PRIORS or self.kind != "regression"):
             raise ValueError(
                 f"task {self.name}: prior must be empty, or for a regression {', '.join(PRIORS)}; found {self.prior!r}"
@@ -165,6 +179,16 @@ class Task:
     def num_outputs(self) -> int:
         """How many numbers the head gives."""
         return len(self.labels) if self.kind in ("multi_label", "multi_class") else 1
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The main metric, and of classes the accuracy beside it."""
+        return tuple(dict.fromkeys((self.metric, *(("accuracy",) if self.kind == "multi_class" else ()))))
+
+    @property
+    def decimals(self) -> int:
+        """How many decimals of a regression's value people read: two digits of its spread, none below one."""
+        return max(0, 1 - math.floor(math.log10(self.spread)))
 
     def reads_like(self, other: "Task") -> bool:
         """Whether a head's outputs mean the same under both tasks."""
@@ -272,6 +296,7 @@ TASKS = {
             description="sex",
             column="sex",
             labels=("male", "female"),
+            codes={"male": {"snomed_ct": "248153007"}, "female": {"snomed_ct": "248152002"}},
         ),
         Task(
             name="potassium",
@@ -279,6 +304,7 @@ TASKS = {
             description="abnormal serum potassium",
             column="potassium",
             labels=("hypokalaemia", "hyperkalaemia"),
+            codes={"hypokalaemia": {"snomed_ct": "43339004"}, "hyperkalaemia": {"snomed_ct": "14140009"}},
         ),
         Task(
             name="arrhythmia",
@@ -286,6 +312,7 @@ TASKS = {
             description="the rhythm of the heart, as 12 SCP-ECG rhythm statements",
             column="arrhythmia",
             labels=RHYTHM_STATEMENTS,
+            codes={code: STATEMENT_CODES[code] for code in RHYTHM_STATEMENTS},
             loss_weight=4.0,
         ),
         Task(
@@ -294,6 +321,7 @@ TASKS = {
             description="all 71 SCP-ECG statements of PTB-XL",
             column="statements",
             labels=tuple(s.code for s in STATEMENTS),
+            codes=STATEMENT_CODES,
             loss_weight=20.0,
         ),
         Task(

@@ -17,12 +17,13 @@ import numpy as np
 from PIL import Image
 from plotting import PAGE_S, draw_experts, draw_sheet
 
-from modeling_ecgmoe.adapters import MultiTask, Prepared
+from modeling_ecgmoe.adapters import MultiTask
 from modeling_ecgmoe.cli import CommandError, load_model
 from modeling_ecgmoe.ecg_files import Ecg, find_ecgs
+from modeling_ecgmoe.feature_extraction_ecgmoe import Prepared
 from modeling_ecgmoe.leads import arrange_leads
 from modeling_ecgmoe.prediction import FileFacts, predict_record, read_record
-from modeling_ecgmoe.tasks import DESCRIPTIONS
+from modeling_ecgmoe.tasks import DESCRIPTIONS, Task
 
 HERE = Path(__file__).resolve().parent
 NOT_A_DEVICE = "This is a research tool and not a medical device. Its answers must not guide the care of a patient."
@@ -95,7 +96,7 @@ def answers_html(tasks: dict[str, Any], many: MultiTask) -> str:
     rows = []
     for name, answer in tasks.items():
         task = many.cards[name].task
-        cells = value_cells(answer, task.unit) if "value" in answer else label_cells(answer)
+        cells = value_cells(answer, task) if "value" in answer else label_cells(answer)
         evidence = f" <b>[evidence: {escape(answer['evidence'])}]</b>" if "evidence" in answer else ""
         question = f"{escape(name)}{evidence}<br><small>{escape(task.description)}</small>"
         rows.append(f'<tr><th scope="row" rowspan="{len(cells)}">{question}</th>{cells[0]}</tr>')
@@ -103,13 +104,13 @@ def answers_html(tasks: dict[str, Any], many: MultiTask) -> str:
     return f"<table>{''.join(rows)}</table>"
 
 
-def value_cells(answer: dict[str, Any], unit: str) -> list[str]:
+def value_cells(answer: dict[str, Any], task: Task) -> list[str]:
     """A regression: value and interval."""
-    interval = ""
+    interval, unit, digits = "", escape(task.unit), task.decimals
     if "interval" in answer:
         low, high = answer["interval"]
-        interval = f"{answer['level']:.0%} interval: {low:.0f} to {high:.0f} {escape(unit)}"
-    return [f"<td><b>{answer['value']:.0f} {escape(unit)}</b></td><td>{interval}</td>"]
+        interval = f"{answer['level']:.0%} interval: {low:.{digits}f} to {high:.{digits}f} {unit}"
+    return [f"<td><b>{answer['value']:.{digits}f} {unit}</b></td><td>{interval}</td>"]
 
 
 def label_cells(answer: dict[str, Any]) -> list[str]:

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from data_builders.synthetic import synthetic_ecg
 from modeling_ecgmoe.adapter_card import AdapterCard, best_threshold, calibrate, conformal_half_width
-from modeling_ecgmoe.adapters import MultiTask, fingerprint, lora_model, save_adapter
+from modeling_ecgmoe.adapters import MultiTask, fingerprint
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.leads import LEADS
+from modeling_ecgmoe.lora import lora_model, save_adapter
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeForTasks
 from modeling_ecgmoe.tasks import TASKS, Task
 

@@ -7,9 +7,10 @@ import numpy as np
 import torch
 
 from modeling_ecgmoe.adapter_card import AdapterCard, calibrate
-from modeling_ecgmoe.adapters import fingerprint, lora_model, save_adapter
+from modeling_ecgmoe.adapters import fingerprint
 from modeling_ecgmoe.configuration_ecgmoe import EcgMoeConfig
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
+from modeling_ecgmoe.lora import lora_model, save_adapter
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeForTasks
 from modeling_ecgmoe.tasks import TASKS
 

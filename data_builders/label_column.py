@@ -1,0 +1,172 @@
+"""A column of labels, as text: the task it is about, and the truth it tells of each recording."""
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+
+from modeling_ecgmoe.tasks import KINDS, Task
+
+logger = logging.getLogger(__name__)
+
+UNKNOWN = ("", "na", "n/a", "<na>", "nan", "null")  # cells that hold no label
+MAX_CLASSES = 20  # more different labels are not taken for classes without being told
+
+
+def find_labels(rows: datasets.Dataset, task: Task) -> list[Any] | None:
+    """The truth of a task for each row, as `Task.targets` takes it; None where the rows lack its column.
+
+    Of a table of the user's own (`csv_table`) its cells count, and no column that all data sets share.
+    """
+    plain = rows.with_format(None)
+    if "table" not in rows.column_names:
+        return plain[task.column][:] if task.column in rows.column_names else None
+    if task.column not in rows.features["table"]:
+        return None
+    return [read_label(cells[task.column], task) for cells in plain["table"][:]]
+
+
+def read_label(text: str, task: Task) -> Any:
+    """A cell as `Task.targets` takes it: a number, a label or a list of labels, None where it is not known.
+
+    Raises:
+        ValueError: a regression's cell is not a number.
+    """
+    text = text.strip()
+    if text.lower() in UNKNOWN:
+        return None
+    if task.kind == "regression":
+        number = _number(text)
+        if number is None:
+            raise ValueError(
+                f"task {task.name}: the column {task.column!r} holds {text!r}, which is not a number; leave the cell "
+                "empty where the value is not known"
+            )
+        return number
+    parts = [part.strip() for part in text.split(";")] if task.kind == "multi_label" else [text]
+    labels = [part if part in task.labels else _canonical(part) for part in parts if part]
+    return labels if task.kind == "multi_label" else labels[0]
+
+
+def infer_task(
+    name: str,
+    column: str,
+    texts: Sequence[str],
+    others: Sequence[str] = (),
+    kind: str | None = None,
+    unit: str = "",
+    description: str = "",
+) -> Task:
+    """The task that a column of labels is about.
+
+    Args:
+        name: of the task and its adapter.
+        column: of the table.
+        texts: its cells in the training split. Several labels in a cell are joined by ";", and ";" alone says that
+            there is none. A regression takes its centre and spread from them.
+        others: its cells in the other splits, whose labels are labels too.
+        kind: one of `KINDS`, with or without the underscore; where not given it must be unmistakable.
+        unit: of a regression.
+        description: one line for cards and menus.
+
+    Raises:
+        ValueError: there is nothing to learn in the column, or its kind must be told.
+    """
+    known = [text.strip() for text in texts if text.strip().lower() not in UNKNOWN]
+    chosen = _infer_kind(column, known) if kind is None else find_kind(kind)
+    why = "by what the column holds, --kind says otherwise" if kind is None else "as asked"
+    facts: dict[str, Any] = {"name": name, "kind": chosen, "description": description or column, "column": column}
+    if chosen == "regression":
+        task = Task(**(facts | _scale(column, known)), unit=unit)
+        logger.info("task %s: regression, %s; mean %g, deviation %g", name, why, task.center, task.spread)
+        return task
+    if unit:
+        raise ValueError(f"--unit {unit} is of a regression, and the column {column!r} is taken as {chosen}")
+    every = known + [text.strip() for text in others if text.strip().lower() not in UNKNOWN]
+    parts = [part.strip() for text in every for part in (text.split(";") if chosen == "multi_label" else [text])]
+    labels = sorted({_canonical(part) for part in parts if part}, key=_rank)
+    if len(labels) < (1 if chosen == "multi_label" else 2):
+        raise ValueError(_nothing_to_learn(column, known))
+    if chosen == "binary" and len(labels) > 2:
+        raise ValueError(
+            f"a binary task has two labels, and the column {column!r} holds {len(labels)}: {', '.join(labels[:9])}; "
+            "choose another --kind"
+        )
+    logger.info("task %s: %s, %s; labels %s", name, chosen, why, ", ".join(labels))
+    return Task(**facts, labels=tuple(labels))
+
+
+def find_kind(name: str) -> str:
+    """The kind of a task by its name, however it is joined: "multiclass", "multi-class", "multi_class".
+
+    Raises:
+        ValueError: there is none; the message lists the known ones.
+    """
+    spellings = {kind.replace("_", ""): kind for kind in KINDS}
+    spelling = name.lower().replace("_", "").replace("-", "")
+    if spelling not in spellings:
+        raise ValueError(f"unknown --kind {name!r}; choose among {', '.join(KINDS)}")
+    return spellings[spelling]
+
+
+def _infer_kind(column: str, known: list[str]) -> str:
+    different = sorted({_canonical(text) for text in known}, key=_rank)
+    numbers = [number for text in different if (number := _number(text)) is not None]
+    if len(different) < 2:
+        raise ValueError(_nothing_to_learn(column, known))
+    if any(";" in text for text in known):
+        return "multi_label"
+    if numbers == [0.0, 1.0] == list(map(_number, different)):
+        return "binary"
+    if len(numbers) == len(different):
+        if len(numbers) > MAX_CLASSES or any(not number.is_integer() for number in numbers):
+            return "regression"
+    elif len(different) == 2:
+        return "binary"
+    elif len(different) <= MAX_CLASSES and not numbers:
+        return "multi_class"
+    shown = ", ".join(different[:9]) + (", ..." if len(different) > 9 else "")
+    raise ValueError(
+        f"the column {column!r} holds {len(different)} different values ({shown}), which can be read in several ways; "
+        f"say how with --kind: {', '.join(KINDS)}"
+    )
+
+
+def _scale(column: str, known: list[str]) -> dict[str, float]:
+    """Centre and spread of a regression, as mean and standard deviation."""
+    numbers = [_number(text) for text in known]
+    if None in numbers:
+        odd = known[numbers.index(None)]
+        raise ValueError(f"the column {column!r} holds {odd!r}, and a regression needs numbers; choose another --kind")
+    values = np.array(numbers, dtype=np.float64)
+    if len(set(numbers)) < 2:
+        raise ValueError(_nothing_to_learn(column, known))
+    return {"center": float(f"{values.mean():.6g}"), "spread": float(f"{values.std():.6g}")}
+
+
+def _nothing_to_learn(column: str, known: list[str]) -> str:
+    found = f"only {known[0]!r}" if known else "no label"
+    return f"the column {column!r} holds {found} in the training split, so there is nothing to learn; check the table"
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text.replace(",", "."))
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _canonical(text: str) -> str:
+    """One spelling for the labels 1 and 1.0, which tables make of each other where a cell of the column is empty."""
+    number = _number(text)
+    return text if number is None or not number.is_integer() else str(int(number))
+
+
+def _rank(label: str) -> tuple[float, str, str]:
+    """Numbers in their order and before words, words in the order of the alphabet."""
+    number = _number(label)
+    return (math.inf if number is None else number, label.casefold(), label)

@@ -1,0 +1,230 @@
+"""What an adapter says of itself beyond its weights: the task, its calibration, where it comes from."""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from huggingface_hub import ModelCardData
+from scipy.optimize import minimize_scalar
+
+from .tasks import TASKS, Task
+
+CARD_FILE = "task.json"
+# What adapters call their base; the fingerprint in their card is what is checked.
+BASE_MODEL = "ecg-moe/ecg-moe-base"
+ABBREVIATIONS = ("auprc", "auroc", "ece", "mae", "rmse")
+
+
+@dataclass
+class AdapterCard:
+    """What an adapter's `task.json` says: everything that an answer needs beyond the weights.
+
+    Args:
+        task: the question.
+        base: fingerprint of the model the adapter was trained on, see `fingerprint`.
+        evidence: "measured" where trained on real recordings, "simulated" otherwise.
+        trained_on: the data, in words.
+        temperature: logits of a classification are divided by it (Guo et al. 2017).
+        thresholds: the probability from which each label is given, by the best F1 on validation data.
+        half_widths: half of a regression's interval for recordings with at least so many leads, by split conformal
+            prediction (Lei et al. 2018); keys are numbers of leads.
+        level: the coverage of the intervals.
+        metrics: results on validation data, name to value.
+    """
+
+    task: Task
+    base: str
+    evidence: str = "measured"
+    trained_on: str = ""
+    temperature: float = 1.0
+    thresholds: list[float] = field(default_factory=list)
+    half_widths: dict[str, float] = field(default_factory=dict)
+    level: float = 0.9
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Write `task.json`."""
+        values = asdict(self) | {"task": self.task.to_dict()}
+        (folder / CARD_FILE).write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> "AdapterCard":
+        """Read `task.json`.
+
+        Raises:
+            FileNotFoundError: the folder is not an adapter of this project.
+            ValueError: the file is not what `save` writes.
+        """
+        path = folder / CARD_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} holds no {CARD_FILE}; an adapter of `train.py adapt` has one")
+        values = json.loads(path.read_text(encoding="utf-8"))
+        unknown = sorted(set(values) - set(cls.__dataclass_fields__))
+        if unknown or "task" not in values or "base" not in values:
+            raise ValueError(f"{path}: expected task and base, unknown {', '.join(unknown) or 'none'}; was it edited?")
+        return cls(**(values | {"task": Task.from_dict(values["task"])}))
+
+    def to_markdown(self, base_model: str) -> str:
+        """The adapter's page on the Hub.
+
+        Args:
+            base_model: id of the model it adapts.
+        """
+        task = self.task
+        header = ModelCardData(
+            base_model=base_model,
+            library_name="peft",
+            license="apache-2.0",
+            tags=["ecg", "medical", "lora", "ecg-moe", task.name],
+            pipeline_tag="other",
+        )
+        outputs = f"one number in {task.unit or 'the unit of its labels'}" if task.kind == "regression" else "labels"
+        lines = [
+            f"---\n{header.to_yaml()}\n---\n",
+            f"# ECG-MoE adapter: {task.name}\n",
+            f"Answers from an ECG: {task.description}. Output ({task.kind.replace('_', ' ')}): {outputs}.\n",
+            *self._label_table(),
+            "LoRA on the fusion of ECG-MoE and one head, in PEFT's format; `task.json` holds labels, temperature,",
+            f"thresholds and intervals. It fits the base with fingerprint `{self.base}` and no other.\n",
+            f"Trained on {self.trained_on}. Evidence: {self.evidence}.\n",
+            "On validation data, on which the calibration was fitted too:\n",
+            *self._figures(),
+            "\n```python",
+            "from modeling_ecgmoe.adapters import MultiTask\n",
+            f'model = MultiTask.from_pretrained("{base_model}", tasks=["{task.name}"])',
+            "```\n",
+            "Research software, not a medical device: its answers must not guide the care of a patient.",
+        ]
+        return "\n".join(lines) + "\n"
+
+    def _label_table(self) -> list[str]:
+        task = self.task
+        if not task.labels:
+            return []
+        thresholds: list[float | None] = [*[None] * (len(task.labels) - len(self.thresholds)), *self.thresholds]
+        lines = ["| label | SCP-ECG | SNOMED CT | given from |", "|---|---|---|---:|"]
+        for label, threshold in zip(task.labels, thresholds, strict=True):
+            codes = task.codes.get(label, {})
+            given = "" if threshold is None else f"{threshold:.2f}"
+            lines.append(f"| {label} | {codes.get('scp_ecg', '')} | {codes.get('snomed_ct', '')} | {given} |")
+        return [*lines, ""]
+
+    def _figures(self) -> list[str]:
+        """The measured results, a line each, with 95 % intervals; whatever else was noted follows as it is."""
+        left, lines = dict(self.metrics), []
+        for number, name in enumerate(self.task.metrics):
+            ends = ("low", "high") if number == 0 else (f"{name}_low", f"{name}_high")
+            value, *interval = (left.pop(key, None) for key in (f"validation_{name}", *ends))
+            if value is not None:
+                unit = f" {self.task.unit}".rstrip() if self.task.kind == "regression" else ""
+                between = "" if None in interval else f" (95 % interval {interval[0]} to {interval[1]})"
+                title = " ".join(word.upper() if word in ABBREVIATIONS else word for word in name.split("_"))
+                lines.append(f"- {title}: {value}{unit}{between}")
+        return lines + [f"- {name}: {value}" for name, value in left.items()]
+
+    def answer(self, logits: np.ndarray, num_leads: int) -> dict[str, Any]:
+        """The answer of one record, as the command line gives it.
+
+        Args:
+            logits: (outputs,) of the task's head.
+            num_leads: how many leads the record has; fewer leads, wider intervals.
+        """
+        task = self.task
+        out: dict[str, Any]
+        if task.kind == "regression":
+            value = float(task.answers(logits)[0])
+            digits = task.decimals + 2
+            out = {"value": round(value, digits), "unit": task.unit}
+            if self.half_widths:
+                half = self._half_width(num_leads)
+                out |= {"interval": [round(value - half, digits), round(value + half, digits)], "level": self.level}
+        else:
+            probabilities = task.answers(logits / self.temperature)
+            if task.kind == "binary":
+                probabilities = np.array([1.0 - probabilities[0], probabilities[0]])
+            out = {"labels": self._labels(probabilities)}
+            out["probabilities"] = {
+                label: round(float(p), 4) for label, p in zip(task.labels, probabilities, strict=True)
+            }
+        return out if self.evidence == "measured" else out | {"evidence": self.evidence}
+
+    def _half_width(self, num_leads: int) -> float:
+        fitting = [int(leads) for leads in self.half_widths if int(leads) <= num_leads]
+        return self.half_widths[str(max(fitting))] if fitting else max(self.half_widths.values())
+
+    def _labels(self, probabilities: np.ndarray) -> list[str]:
+        labels = self.task.labels
+        if self.task.kind == "multi_label":
+            thresholds = self.thresholds or [0.5] * len(labels)
+            return [label for label, p, t in zip(labels, probabilities, thresholds, strict=True) if p >= t]
+        if self.task.kind == "binary" and self.thresholds:
+            return [labels[int(probabilities[1] >= self.thresholds[0])]]
+        return [labels[int(np.argmax(probabilities))]]
+
+
+def renew_card(folder: Path) -> None:
+    """Write an adapter's `task.json` and page anew, with the codes that the task table has today. All else stays."""
+    card = AdapterCard.load(folder)
+    known = TASKS.get(card.task.name)
+    if known is not None and known.reads_like(card.task):
+        card.task = replace(card.task, codes=known.codes)
+    card.save(folder)
+    (folder / "README.md").write_text(card.to_markdown(BASE_MODEL), encoding="utf-8")
+
+
+def calibrate(card: AdapterCard, logits: np.ndarray, targets: np.ndarray, num_leads: int = 12) -> None:
+    """Fit temperature and thresholds, or the interval of a regression, on validation data; changes `card`.
+
+    Args:
+        logits, targets: (records, outputs), targets NaN where unknown.
+        num_leads: how many leads the records have.
+    """
+    task = card.task
+    known = np.isfinite(targets)
+    if not known.any():
+        raise ValueError(f"task {task.name}: no validation record has a label, so nothing can be calibrated")
+    if task.kind == "regression":
+        card.half_widths[str(num_leads)] = conformal_half_width(
+            task.answers(logits)[known], targets[known], card.level
+        )
+        return
+
+    def loss(log_temperature: float) -> float:
+        p = np.clip(task.answers(logits / np.exp(log_temperature)), 1e-7, 1 - 1e-7)
+        t = np.where(known, targets, 0.0)
+        each = -t * np.log(p) if task.kind == "multi_class" else -t * np.log(p) - (1 - t) * np.log(1 - p)
+        return float((each * known).sum() / known.sum())
+
+    card.temperature = float(np.exp(minimize_scalar(loss, bounds=(-2.0, 2.0), method="bounded").x))
+    if task.kind != "multi_class":
+        probabilities = task.answers(logits / card.temperature)
+        card.thresholds = [
+            best_threshold(probabilities[known[:, i], i], targets[known[:, i], i]) for i in range(task.num_outputs)
+        ]
+
+
+def conformal_half_width(values: np.ndarray, truth: np.ndarray, level: float) -> float:
+    """The half-width that covers a new record with probability `level` (Lei et al. 2018, algorithm 2)."""
+    errors = np.sort(np.abs(values - truth))
+    rank = min(len(errors) - 1, int(np.ceil((len(errors) + 1) * level)) - 1)
+    return float(errors[rank])
+
+
+def best_threshold(probabilities: np.ndarray, truth: np.ndarray) -> float:
+    """The threshold of the best F1, 0.5 where a label has fewer than 5 positive or negative records."""
+    if min(truth.sum(), (1 - truth).sum()) < 5:
+        return 0.5
+    order = np.argsort(-probabilities)
+    hits = np.cumsum(truth[order])
+    f1 = 2 * hits / (np.arange(1, len(truth) + 1) + truth.sum())
+    best = int(np.argmax(f1))
+    following = probabilities[order][best + 1] if best + 1 < len(order) else 0.0
+    return float(0.5 * (probabilities[order][best] + following))
+
+
+if __name__ == "__main__":  # python -m modeling_ecgmoe.adapter_card hub/adapters/*
+    for name in sys.argv[1:]:
+        renew_card(Path(name))

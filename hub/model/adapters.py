@@ -1,0 +1,327 @@
+"""Inference with many task adapters at once: LoRA on the fusion plus one head each, calibrated, in PEFT's format.
+
+The backbone does not depend on the task. `MultiTask` computes it once and then runs the fusion of all tasks together.
+It reads what PEFT saved without PEFT; `lora.py` trains and saves.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
+
+from .adapter_card import CARD_FILE, AdapterCard
+from .configuration_ecgmoe import EcgMoeConfig
+from .feature_extraction_ecgmoe import EcgMoeFeatureExtractor, Prepared
+from .folding import folded
+from .modeling_ecgmoe import EcgMoeEncoderOutput, EcgMoeForTasks, add_prior
+from .stacking import CONFIG_FILE, AdapterWeights, StackedFusion
+
+logger = logging.getLogger(__name__)
+
+# The configuration that adapters of the first release were trained on. Of later fields only values other than the
+# default count: a new field must not orphan every adapter there is.
+HASHED_FIELDS = (
+    "leads",
+    "sampling_rate",
+    "token_stride",
+    "families",
+    "paths",
+    "hidden_size",
+    "conv_channels",
+    "conv_kernels",
+    "conv_blocks",
+    "ssm_channels",
+    "ssm_states",
+    "ssm_layers",
+    "patch_channels",
+    "patch_layers",
+    "trend_window_s",
+    "phase_bins",
+    "beat_window_s",
+    "beat_size",
+    "path_layers",
+    "rhythm_pool",
+    "num_attention_heads",
+    "num_experts",
+    "num_experts_per_tok",
+    "expert_size",
+    "period_aware",
+    "num_queries",
+    "fusion_size",
+    "record_size",
+    "initializer_range",
+)
+SIGNAL_KEYS = ("input_values", "lead_mask", "sample_mask", "r_peaks", "rr_intervals_s", "period_s")
+
+
+def fingerprint(model: EcgMoeForTasks) -> str:
+    """A short hash of configuration and weights of backbone and fusion: what an adapter must find unchanged.
+
+    Heads do not count, and weights count at half precision, so that a copy saved in float16 is the same base.
+    """
+    config, config_class = model.config.to_dict(), type(model.config)
+    own = {name for of in config_class.__mro__ if issubclass(of, EcgMoeConfig) for name in of.__annotations__}
+    plain = {name: json.loads(json.dumps(config[name], default=list)) for name in own}
+    kept = {
+        name: value
+        for name, value in plain.items()
+        if name not in model.config.editable_fields()
+        and (name in HASHED_FIELDS or value != json.loads(json.dumps(getattr(config_class, name), default=list)))
+    }
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
+    for name, weight in sorted(model.ecgmoe.state_dict().items()):
+        if weight.is_floating_point():
+            digest.update(name.encode())
+            digest.update(weight.detach().cpu().to(torch.float16).contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclass
+class Explanation:
+    """What the network looked at in the first window of a recording.
+
+    Args:
+        sampling_rate: Hz; input_mv: (12, samples); r_peaks_s: seconds.
+        beat_experts, rhythm_experts: (elements, experts) probabilities of each path's last layer.
+        beat_attention: (beats,) how much the fusion looks at each beat.
+        family_weights: temporal family to its mean gate weight.
+    """
+
+    sampling_rate: int
+    input_mv: np.ndarray
+    r_peaks_s: list[float]
+    beat_experts: np.ndarray
+    rhythm_experts: np.ndarray
+    beat_attention: np.ndarray
+    family_weights: dict[str, float]
+
+
+class MultiTask:
+    """A backbone and any number of task adapters: one backbone pass, one batched fusion, all answers."""
+
+    def __init__(self, model: EcgMoeForTasks, extractor: EcgMoeFeatureExtractor, name: str = "") -> None:
+        """name: what the model is called where it does not fit, *optional*, from where it was loaded.
+
+        `encoder` is made from the weights that the model has now.
+        """
+        self.model = model.eval()
+        self.encoder = folded(model.ecgmoe.encoder)
+        self.extractor = extractor
+        self.name = name or model.name_or_path or "a model in memory"
+        self.base = fingerprint(model)
+        self.cards: dict[str, AdapterCard] = {}
+        self._weights: dict[str, AdapterWeights] = {}
+        self._stacked: StackedFusion | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str | Path, tasks: Sequence[str] | None = None, revision: str | None = None
+    ) -> "MultiTask":
+        """Load a model and its adapters.
+
+        Args:
+            model: a folder, or an id on the Hub.
+            tasks: names of adapters, or folders or ids of some; all that lie beside the model where not given. The
+                adapters of the folder `x/model` lie in `x/adapters/<task>`, those of the id `me/ecg-moe` are
+                `me/ecg-moe-<task>`.
+            revision: of the model on the Hub.
+
+        Names and ids of things on the Hub may end in a revision: `me/ecg-moe@v2`, `me/ecg-moe-age@v2`, `age@v2`.
+
+        Of a model on the Hub, tasks without an adapter of their own there are passed over, and named in the log.
+
+        Raises:
+            FileNotFoundError: there is no model or no adapter; the message lists those there are.
+            ValueError: an adapter was made for another base, or adapts more than the fusion.
+        """
+        folder = _folder_of(model, revision)
+        loaded = EcgMoeForTasks.from_pretrained(folder, dtype=torch.float32)
+        many = cls(loaded, EcgMoeFeatureExtractor.from_pretrained(folder), str(model))
+        for source in _adapter_sources(str(model), folder, tasks):
+            try:
+                many.load(source)
+            except FileNotFoundError as error:
+                if tasks is not None or Path(model).is_dir():
+                    raise
+                logger.warning("the task is left out: %s", error)
+        return many
+
+    def load(self, source: str | Path, revision: str | None = None) -> str:
+        """Add the adapter of a folder or id, in place of one of the same task; returns the task's name.
+
+        Args:
+            source: a folder, or an id on the Hub, `me/ecg-moe-age` or `me/ecg-moe-age@v2`.
+            revision: branch, tag or commit of an id.
+
+        Raises:
+            FileNotFoundError: there is no such adapter.
+            ValueError: it was made for another base, or adapts more than the fusion. What was loaded stays.
+        """
+        folder = _folder_of(source, revision)
+        card = AdapterCard.load(folder)
+        if card.base != self.base:
+            raise ValueError(
+                f"the adapter {source} was trained on base {card.base} ({_base_name(folder)}), this model is "
+                f"{self.base} ({self.name}); load the model it was made for"
+            )
+        name = card.task.name
+        self._weights[name] = AdapterWeights.load(folder, card.task, self.model.ecgmoe.fusion)
+        self.cards[name] = card
+        self._stacked = None
+        return name
+
+    def unload(self, task: str) -> None:
+        """Forget an adapter.
+
+        Raises:
+            ValueError: none of that task is loaded.
+        """
+        if task not in self.cards:
+            raise ValueError(f"no adapter {task!r} is loaded; there are {', '.join(self.cards) or 'none'}")
+        del self.cards[task], self._weights[task]
+        self._stacked = None
+
+    def adapter_size(self, task: str) -> int:
+        """How many weights an adapter adds: its LoRA matrices and its head."""
+        return self._weights[task].size
+
+    def identity(self) -> dict[str, Any]:
+        """What makes answers what they are: name and fingerprint of the model, and a hash of each adapter."""
+        return {"model": self.name, "base": self.base, "adapters": {n: w.hash for n, w in self._weights.items()}}
+
+    def prepare(self, signal: np.ndarray, sampling_rate: float, lead_names: Sequence[str]) -> Prepared:
+        """Make a recording of any length ready; see `EcgMoeFeatureExtractor.prepare`."""
+        return self.extractor.prepare(signal, sampling_rate, lead_names)
+
+    def answer(self, prepared: Sequence[Prepared], batch_size: int = 32) -> list[dict[str, dict[str, Any]]]:
+        """Answer all tasks for each recording; the windows of one are averaged."""
+        windows = [window for record in prepared for window in record.windows]
+        parts = [self.logits(windows[i : i + batch_size]) for i in range(0, len(windows), batch_size)]
+        logits = {name: np.concatenate([part[name] for part in parts]) for name in self.cards} if parts else {}
+        answers, start = [], 0
+        for record in prepared:
+            end = start + len(record.windows)
+            num_leads = int(min(window["lead_mask"].sum() for window in record.windows))
+            answers.append(
+                {
+                    name: card.answer(logits[name][start:end].mean(axis=0), num_leads)
+                    for name, card in self.cards.items()
+                }
+            )
+            start = end
+        return answers
+
+    @torch.inference_mode()
+    def logits(self, windows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+        """task to logits (windows, outputs), from one backbone pass."""
+        features = self.extractor.pad(windows, return_tensors="pt")
+        encoded = self.encoder(**{name: features[name].to(self.model.device) for name in SIGNAL_KEYS})
+        return {name: value.float().cpu().numpy() for name, value in self.task_logits(encoded).items()}
+
+    def task_logits(self, encoded: EcgMoeEncoderOutput) -> dict[str, Tensor]:
+        """task to logits (b, outputs), from what the backbone found."""
+        if not self.cards:
+            return {}
+        if self._stacked is None:
+            self._stacked = StackedFusion(self.model.ecgmoe.fusion, list(self._weights.values()))
+        assert encoded.period_s is not None  # the encoder always gives it
+        embeddings = self._stacked(encoded.memories())
+        return {
+            name: add_prior(
+                torch.nn.functional.linear(embedding, *self._weights[name].head),
+                self.cards[name].task,
+                encoded.period_s,
+            )
+            for name, embedding in zip(self.cards, embeddings, strict=True)
+        }
+
+    @torch.inference_mode()
+    def explain(self, prepared: Prepared) -> Explanation:
+        """What the network looked at in the first window, with the fusion as pretrained."""
+        window = prepared.windows[0]
+        features = self.extractor.pad([window], return_tensors="pt")
+        output = self.model.ecgmoe(**{name: features[name] for name in SIGNAL_KEYS}, output_attentions=True)
+        encoder, beats = output.encoder, len(window["r_peaks"])
+        weights = encoder.family_weights[0][encoder.token_mask[0]].mean(dim=0)
+        experts = self.model.config.num_experts
+        beat_probs, rhythm_probs = (
+            probs[-1][0].numpy() if probs else np.zeros((0, experts))
+            for probs in (encoder.morphology_router_probs, encoder.rhythm_router_probs)
+        )
+        attention = (output.attentions or {}).get("morphology")
+        return Explanation(
+            sampling_rate=self.extractor.sampling_rate,
+            input_mv=window["input_values"] * self.extractor.scale_mv,
+            r_peaks_s=[float(peak) / self.extractor.sampling_rate for peak in window["r_peaks"]],
+            beat_experts=beat_probs[1 : 1 + beats],
+            rhythm_experts=rhythm_probs,
+            beat_attention=np.zeros(beats) if attention is None else attention[0, 1 : 1 + beats].numpy(),
+            family_weights={
+                name: float(weight) for name, weight in zip(self.model.config.families, weights, strict=True)
+            },
+        )
+
+
+def default_model() -> Path:
+    """The model of the source tree that holds this package.
+
+    Raises:
+        FileNotFoundError: the package is installed without it.
+    """
+    folder = Path(__file__).resolve().parent.parent / "hub" / "model"
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError("no model lies beside this package; pass --model with a folder or an id on the Hub")
+    return folder
+
+
+def _base_name(folder: Path) -> str:
+    """What an adapter calls its base."""
+    config = folder / CONFIG_FILE
+    values = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    return values.get("base_model_name_or_path") or "without a name"
+
+
+def _folder_of(source: str | Path, revision: str | None) -> Path:
+    """The folder of a model or adapter, downloaded where `source` is an id on the Hub."""
+    folder = Path(source)
+    if folder.is_dir():
+        return folder
+    repo_id, _, asked = str(source).partition("@")
+    if asked and revision is not None and asked != revision:
+        raise ValueError(f"{source} names revision {asked}, and revision={revision!r} was passed; pass one of them")
+    try:
+        return Path(snapshot_download(repo_id, revision=asked or revision))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{source} is neither a folder nor an id that the Hub gives out ({type(error).__name__}); check the "
+            "spelling, the network and your login"
+        ) from error
+
+
+def _adapter_sources(model: str, folder: Path, tasks: Sequence[str] | None) -> list[str]:
+    """Where the adapters of a model are."""
+    beside = folder.parent / "adapters"
+    found = sorted(path.parent.name for path in beside.glob(f"*/{CARD_FILE}")) if Path(model).is_dir() else []
+    if tasks is None and Path(model).is_dir():
+        return [str(beside / name) for name in found]
+    names = list(tasks) if tasks is not None else list(EcgMoeForTasks.config_class.from_pretrained(folder).tasks or {})
+    sources = []
+    for name in names:
+        if name in found:
+            sources.append(str(beside / name))
+        elif Path(name).is_dir() or "/" in name:
+            sources.append(name)
+        elif Path(model).is_dir():
+            raise FileNotFoundError(f"no adapter {name!r} beside {model}; there are {', '.join(found) or 'none'}")
+        else:
+            sources.append(f"{model.partition('@')[0]}-{name}")
+    return sources

@@ -1,0 +1,86 @@
+"""From a recording to the JSON object of its answers: what the command line, the Space and the pipeline share.
+
+The object is a line of `ecgmoe predict`: record, path, status, sampling_rate, leads, duration_s, quality and tasks, or
+record, path, status "error" and error.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .adapters import MultiTask
+from .feature_extraction_ecgmoe import Prepared
+
+BATCH_SIZE = 32
+
+
+@dataclass
+class LoadedRecord:
+    """A record on its way: its line as far as known, and what the model needs, None where it was refused."""
+
+    line: dict[str, Any]
+    prepared: Prepared | None = None
+
+    @property
+    def num_windows(self) -> int:
+        """How many windows the model has to see."""
+        return 0 if self.prepared is None else len(self.prepared.windows)
+
+
+def prepare_record(
+    many: MultiTask, line: dict[str, Any], signal: np.ndarray, sampling_rate: float, lead_names: Sequence[str]
+) -> LoadedRecord:
+    """Make a recording ready, and note what it is.
+
+    Args:
+        line: what is known of the record: record and path.
+        signal, sampling_rate, lead_names: see `EcgMoeFeatureExtractor`.
+
+    Raises:
+        ValueError: the recording is refused.
+    """
+    prepared = many.prepare(signal, sampling_rate, lead_names)
+    facts = {
+        "status": "ok",
+        "sampling_rate": int(sampling_rate) if float(sampling_rate).is_integer() else sampling_rate,
+        "leads": prepared.leads,
+        "duration_s": round(signal.shape[1] / sampling_rate, 3),
+        "quality": prepared.quality,
+    }
+    return LoadedRecord(line | facts, prepared)
+
+
+def refuse_record(line: dict[str, Any], reason: str) -> LoadedRecord:
+    """A record that cannot be answered, and why."""
+    name = f"{line['record']}: " if line["record"] is not None else ""
+    facts = {"record": line["record"], "path": line["path"], "status": "error"}
+    return LoadedRecord(facts | {"error": " ".join(f"{name}{reason}".split())})
+
+
+def answer_records(many: MultiTask, records: Sequence[LoadedRecord], batch_size: int) -> list[dict[str, Any]]:
+    """The finished lines of records, in their order, from batches of at most `batch_size` windows.
+
+    Only windows of one length share a batch: padding would let the longest of them move the answers of the others.
+    """
+    by_length: dict[int, list[tuple[int, Prepared]]] = {}
+    for index, record in enumerate(records):
+        if record.prepared is not None:
+            length = record.prepared.windows[0]["input_values"].shape[1]
+            by_length.setdefault(length, []).append((index, record.prepared))
+    lines = [record.line for record in records]
+    for alike in by_length.values():
+        answers = many.answer([prepared for _, prepared in alike], batch_size)
+        for (index, _), tasks in zip(alike, answers, strict=True):
+            lines[index] = _finished(lines[index], tasks)
+    return lines
+
+
+def _finished(line: dict[str, Any], tasks: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(tasks, allow_nan=False)
+    except ValueError:
+        return refuse_record(line, "the model gives no finite answer; leave it out, and report it").line
+    return line | {"tasks": tasks}

@@ -1,0 +1,233 @@
+"""Many adapters as one: their weights as PEFT saved them, and the fusion of all of them in one batched call.
+
+    y = sum over the adapter's LoRA layers of  x W + (alpha / r) x A B          (Hu et al. 2022, equation 3)
+
+The learned queries of the fusion's first level do not depend on the recording. What they ask of it is therefore a
+constant of each adapter, and so keys need not be computed: q (W k) = (q W) k. The values of a query are mixed before
+they are projected, sum_n a_n (V x_n + v) = V (sum_n a_n x_n) + v, since attention weights sum to one. Both are exact.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .fusion import Fusion, mean_and_max
+from .tasks import Task
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_LORA = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
+_FUSION = "ecgmoe.fusion."
+# What changes the mathematics of LoRA beyond the equation above, as PEFT names it.
+_OTHER_METHODS = ("use_dora", "lora_bias", "use_qalora", "use_bdlora", "target_parameters", "trainable_token_indices")
+
+
+@dataclass
+class AdapterWeights:
+    """The weights of an adapter.
+
+    Args:
+        lora: layer of the fusion to its matrices A (r, inputs) and B (outputs, r), B times alpha / r.
+        head: weight (outputs, record_size) and bias (outputs,).
+        size: how many numbers the adapter's file holds, and `hash`, a short hash of that file.
+    """
+
+    lora: dict[str, tuple[Tensor, Tensor]]
+    head: tuple[Tensor, Tensor]
+    size: int
+    hash: str
+
+    @classmethod
+    def load(cls, folder: Path, task: Task, fusion: Fusion) -> "AdapterWeights":
+        """Read an adapter in PEFT's format.
+
+        Raises:
+            FileNotFoundError: a file of the adapter is missing.
+            ValueError: it is another method than LoRA, adapts more than the fusion, or does not fit it.
+        """
+        missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
+        if missing:
+            raise FileNotFoundError(f"the adapter {folder} lacks {' and '.join(missing)}; save it again with PEFT")
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        other = [f"{name}={config[name]!r}" for name in _OTHER_METHODS if config.get(name)]
+        other += [
+            f"{name}={config.get(name)!r}" for name, want in (("peft_type", "LORA"),) if config.get(name) != want
+        ]
+        other += [f"bias={config['bias']!r}"] if config.get("bias", "none") != "none" else []
+        if other:
+            raise ValueError(
+                f"the adapter {folder} is not plain LoRA ({', '.join(other)}); use it alone, through "
+                "PeftModel.from_pretrained"
+            )
+        content = (folder / WEIGHTS_FILE).read_bytes()
+        tensors = {name: value.float() for name, value in load(content).items()}
+        size = sum(value.numel() for value in tensors.values())
+        prefix = f"base_model.model.heads.head_{task.name}."
+        head = tensors.pop(f"{prefix}weight", None), tensors.pop(f"{prefix}bias", None)
+        width = fusion.norm.normalized_shape[0]
+        if head[0] is None or head[1] is None or head[0].shape != (task.num_outputs, width):
+            found = "none" if head[0] is None else tuple(head[0].shape)
+            raise ValueError(
+                f"the adapter {folder} must hold a head of shape ({task.num_outputs}, {width}) for task {task.name}, "
+                f"found {found}; train it again"
+            )
+        lora: dict[str, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            match = _LORA.fullmatch(name)
+            if match is None or not match[1].startswith(_FUSION):
+                raise ValueError(
+                    f"the adapter {folder} adapts the backbone too ({name}), so it cannot share one pass of it with "
+                    "others; use it alone, through PeftModel.from_pretrained"
+                )
+            scale = _scale(config, match[1], value.shape[0]) if match[2] == "A" else 1.0
+            lora.setdefault(match[1].removeprefix(_FUSION), {})[match[2]] = value * scale
+        pairs = {name: (matrices["A"], matrices["B"]) for name, matrices in lora.items()}
+        for name, (a, b) in pairs.items():
+            layer = fusion.get_submodule(name)
+            assert isinstance(layer, nn.Linear)
+            if (b.shape[0], a.shape[1]) != tuple(layer.weight.shape):
+                raise ValueError(
+                    f"the adapter {folder} has matrices of {b.shape[0]} by {a.shape[1]} for {name}, expected "
+                    f"{tuple(layer.weight.shape)}; load the model it was made for"
+                )
+        return cls(pairs, (head[0], head[1]), size, hashlib.sha256(content).hexdigest()[:16])
+
+    def weight_of(self, name: str, base: Tensor) -> Tensor:
+        """The weight of a layer with the adapter merged in."""
+        if name not in self.lora:
+            return base
+        a, b = self.lora[name]
+        return base + b @ a
+
+
+def _scale(config: dict[str, Any], name: str, rank: int) -> float:
+    """alpha / r of a layer, or alpha / sqrt(r) (Kalajdzievski 2023, rsLoRA)."""
+    patterns = config.get("alpha_pattern") or {}
+    alpha = next((v for key, v in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", name)), config["lora_alpha"])
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+class StackedFusion(nn.Module):
+    """The fusion of all adapters at once. Axes: a adapter, b record, p path, q query, h head, n element, d channel.
+
+    `forward` returns the embeddings (a, b, record_size) that each adapter's own fusion would give.
+    """
+
+    def __init__(self, fusion: Fusion, adapters: Sequence[AdapterWeights]) -> None:
+        super().__init__()
+        self.paths = list(fusion.pooling)
+        self.heads = fusion.attention.heads
+        num_queries, size = fusion.pooling[self.paths[0]].queries.shape
+        self.shape = (len(adapters), len(self.paths), num_queries, size)
+
+        def merged(name: str) -> tuple[Tensor, Tensor | None]:
+            """Weights (a, out, in) and bias (out,) of a layer."""
+            layer = fusion.get_submodule(name)
+            return torch.stack([one.weight_of(name, layer.weight) for one in adapters]), layer.bias
+
+        kept: dict[str, Tensor] = {}
+        values, value_bias, mixes, mix_bias = [], [], [], []
+        for path in self.paths:
+            pooling, prefix = fusion.pooling[path], f"pooling.{path}.attention."
+            (query, query_bias), (key, _) = merged(f"{prefix}q_proj"), merged(f"{prefix}k_proj")
+            queries = (pooling.queries @ query.transpose(1, 2) + query_bias).unflatten(2, (self.heads, -1))
+            queries = queries * queries.shape[-1] ** -0.5
+            kept[f"asked_{path}"] = torch.einsum(
+                "aqhc,ahcd->ahqd", queries, key.unflatten(1, (self.heads, -1))
+            ).flatten(0, 2)
+            (value, bias), (mix, bias_of_mix) = merged(f"{prefix}v_proj"), merged(f"{prefix}out_proj")
+            values.append(value.unflatten(1, (self.heads, -1)).transpose(2, 3).flatten(0, 1))
+            value_bias.append(bias.view(self.heads, 1, -1).repeat(len(adapters), 1, 1))
+            mixes.append(mix.transpose(1, 2))
+            # What is added to what a query has found: the bias, and the query itself.
+            mix_bias.append((bias_of_mix + pooling.queries).expand(len(adapters), -1, -1))
+            kept[f"norm_{path}_weight"], kept[f"norm_{path}_bias"] = pooling.norm.weight, pooling.norm.bias
+        kept |= {
+            "value": torch.cat(values),
+            "value_bias": torch.cat(value_bias),
+            "mix": torch.cat(mixes),
+            "mix_bias": torch.cat(mix_bias),
+        }
+        pooled, pooled_bias = merged("pooled_proj")
+        kept |= {"pooled": pooled.flatten(0, 1), "pooled_bias": pooled_bias.repeat(len(adapters))}
+        parts = [merged(f"attention.{name}") for name in ("q_proj", "k_proj", "v_proj")]
+        kept["qkv"] = torch.cat([weight for weight, _ in parts], dim=1).transpose(1, 2)
+        kept["qkv_bias"] = torch.cat([_no_bias(weight) if bias is None else bias for weight, bias in parts])
+        for name, layer_name in (("attended", "attention.out_proj"), ("up", "up_proj"), ("down", "down_proj")):
+            weight, bias = merged(layer_name)
+            kept[name], kept[f"{name}_bias"] = weight.transpose(1, 2), bias
+        # The widest layer by far: merged, its weights would be read from memory once for each adapter.
+        kept["out"], kept["out_bias"] = fusion.out_proj.weight, fusion.out_proj.bias
+        kept["out_a"], kept["out_b"] = _padded([one.lora.get("out_proj") for one in adapters], fusion.out_proj)
+        for name in ("norm1", "norm2", "norm"):
+            norm = fusion.get_submodule(name)
+            kept[f"{name}_weight"], kept[f"{name}_bias"] = norm.weight, norm.bias
+        for name, tensor in kept.items():
+            self.register_buffer(name, tensor.detach().clone().contiguous(), persistent=False)
+
+    def forward(self, memories: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+        """See `Fusion.forward`."""
+        num_adapters, num_paths, num_queries, size = self.shape
+        tokens, mask = memories["tokens"]
+        batch = tokens.shape[0]
+        found = torch.stack([self._pooled(path, *memories[path]) for path in self.paths])
+        # (p, b, a * h * q, d) to (p * a * h, b * q, d)
+        found = found.unflatten(2, (num_adapters * self.heads, num_queries)).permute(0, 2, 1, 3, 4)
+        found = torch.baddbmm(self.value_bias, found.reshape(-1, batch * num_queries, size), self.value)
+        found = found.view(num_paths * num_adapters, self.heads, batch * num_queries, -1).transpose(1, 2).flatten(2)
+        found = torch.bmm(found, self.mix).view(-1, batch, num_queries, size) + self.mix_bias[:, None]
+        found = found.view(num_paths, num_adapters, batch, num_queries, size).permute(1, 2, 0, 3, 4).flatten(2, 3)
+        extent = mean_and_max(tokens, mask)
+        pooled = functional.linear(extent, self.pooled, self.pooled_bias).view(batch, num_adapters, 1, size)
+        hidden = torch.cat([found, pooled.transpose(0, 1)], dim=2).flatten(1, 2)
+        num_states = hidden.shape[1] // batch
+
+        normed = functional.layer_norm(hidden, (size,), self.norm1_weight, self.norm1_bias)
+        query, key, value = (
+            torch.baddbmm(self.qkv_bias, normed, self.qkv)
+            .view(num_adapters * batch, num_states, 3, self.heads, -1)
+            .permute(2, 0, 3, 1, 4)
+        )
+        mixed = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape_as(hidden)
+        hidden = hidden + torch.baddbmm(self.attended_bias, mixed, self.attended)
+        normed = functional.layer_norm(hidden, (size,), self.norm2_weight, self.norm2_bias)
+        inner = functional.gelu(torch.baddbmm(self.up_bias, normed, self.up))
+        hidden = hidden + torch.baddbmm(self.down_bias, inner, self.down)
+        written = torch.cat([hidden.view(num_adapters, batch, -1), extent.expand(num_adapters, -1, -1)], dim=2)
+        out = functional.linear(written, self.out, self.out_bias)
+        out = torch.baddbmm(out, torch.bmm(written, self.out_a), self.out_b)
+        return functional.layer_norm(out, out.shape[-1:], self.norm_weight, self.norm_bias)
+
+    def _pooled(self, path: str, memory: Tensor, mask: Tensor) -> Tensor:
+        """What each adapter's queries gather from a path, before values are projected: (b, a * h * q, d)."""
+        normed = functional.layer_norm(
+            memory, memory.shape[-1:], getattr(self, f"norm_{path}_weight"), getattr(self, f"norm_{path}_bias")
+        )
+        scores = torch.matmul(getattr(self, f"asked_{path}"), normed.transpose(1, 2))
+        scores = scores.masked_fill(~mask[:, None, :], -1e4)
+        return torch.bmm(torch.softmax(scores, dim=-1), normed)
+
+
+def _no_bias(weight: Tensor) -> Tensor:
+    """The bias of a layer that has none."""
+    return weight.new_zeros(weight.shape[1])
+
+
+def _padded(pairs: Sequence[tuple[Tensor, Tensor] | None], layer: nn.Linear) -> tuple[Tensor, Tensor]:
+    """LoRA matrices of several adapters side by side, (a, inputs, r) and (a, r, outputs), 0 up to the highest rank."""
+    rank = max((pair[0].shape[0] for pair in pairs if pair is not None), default=1)
+    down = layer.weight.new_zeros(len(pairs), layer.in_features, rank)
+    up = layer.weight.new_zeros(len(pairs), rank, layer.out_features)
+    for index, pair in enumerate(pairs):
+        if pair is not None:
+            a, b = pair
+            down[index, :, : a.shape[0]], up[index, : a.shape[0]] = a.t(), b.t()
+    return down, up

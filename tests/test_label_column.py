@@ -1,0 +1,127 @@
+"""A column of labels as text: what kind of task it is taken for, when it has to be told, and what its cells say."""
+
+from dataclasses import replace
+from typing import Any
+
+import datasets
+import pytest
+
+from data_builders.label_column import find_kind, find_labels, infer_task, read_label
+from modeling_ecgmoe.tasks import KINDS, Task
+
+GRADE = Task("grade", "multi_class", "of the valve", "grade", labels=("mild", "none", "severe"))
+FINDINGS = Task("findings", "multi_label", "in the report", "findings", labels=("AF", "PVC"))
+
+
+@pytest.mark.parametrize(
+    ("texts", "kind", "labels"),
+    [
+        (["0", "1", "1", ""], "binary", ("0", "1")),
+        (["1.0", "", "0.0"], "binary", ("0", "1")),
+        (["yes", "no", " yes ", "NA"], "binary", ("no", "yes")),
+        (["True", "False"], "binary", ("False", "True")),
+        (["mild", "none", "severe"], "multi_class", ("mild", "none", "severe")),
+        (["AF;PVC", "PVC", ";"], "multi_label", ("AF", "PVC")),
+        (["3.5", "4.1", "", "nan"], "regression", ()),
+        (["3,5", "4,1"], "regression", ()),
+        ([str(age) for age in range(30, 60)], "regression", ()),
+    ],
+)
+def test_an_unmistakable_kind_is_recognised(texts: list[str], kind: str, labels: tuple[str, ...]) -> None:
+    task = infer_task("x", "column", texts)
+    assert (task.kind, task.labels, task.column) == (kind, labels, "column")
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["1", "2"],  # two codes, or a measurement
+        ["0", "1", "2", "3"],  # grades, or a count
+        ["12", "high", "low"],
+        [f"patient said {i}" for i in range(30)],
+    ],
+    ids=["two numbers", "a few whole numbers", "numbers and words", "free text"],
+)
+def test_a_kind_that_could_be_several_is_asked_for_with_the_choices(texts: list[str]) -> None:
+    with pytest.raises(
+        ValueError, match=r"column 'c' holds .* several ways; say how with --kind: " + ", ".join(KINDS)
+    ):
+        infer_task("x", "c", texts)
+
+
+@pytest.mark.parametrize("kind", ["multi_class", "regression"])
+def test_the_kind_that_is_told_counts(kind: str) -> None:
+    assert infer_task("x", "c", ["0", "1", "2", "10"], kind=kind).kind == kind
+
+
+@pytest.mark.parametrize("spelling", ["multiclass", "multi-class", "Multi_Class"])
+def test_a_kind_may_be_spelled_as_people_do(spelling: str) -> None:
+    assert find_kind(spelling) == "multi_class"
+
+
+def test_labels_that_are_numbers_keep_their_order() -> None:
+    assert infer_task("x", "c", ["10", "9", "1"], kind="multiclass").labels == ("1", "9", "10")
+
+
+def test_a_regression_is_scaled_by_its_training_split() -> None:
+    task = infer_task("x", "c", ["1", "3", "", "5.5"], ["1000"], unit="mmol/L")
+    assert task.center == pytest.approx(9.5 / 3, rel=1e-5)
+    assert task.spread == pytest.approx(((1 + 9 + 5.5**2) / 3 - (9.5 / 3) ** 2) ** 0.5, rel=1e-5)
+    assert task.unit == "mmol/L"
+
+
+def test_labels_of_the_other_splits_are_labels_too() -> None:
+    assert infer_task("x", "c", ["mild", "none", "severe"], ["", "moderate"]).labels == (
+        "mild",
+        "moderate",
+        "none",
+        "severe",
+    )
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "message"),
+    [
+        (["", "nan"], {}, "holds no label in the training split, so there is nothing to learn"),
+        (["yes", "yes"], {}, "holds only 'yes'"),
+        (["2.5", "2.5"], {"kind": "regression"}, "holds only '2.5'"),
+        (["a", "b", "c"], {"kind": "binary"}, "a binary task has two labels, and the column 'c' holds 3: a, b, c"),
+        (["1", "high"], {"kind": "regression"}, "holds 'high', and a regression needs numbers"),
+        (["a", "b"], {"unit": "mV"}, "--unit mV is of a regression"),
+        (["a", "b"], {"kind": "ranking"}, f"unknown --kind 'ranking'; choose among {', '.join(KINDS)}"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused(texts: list[str], options: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        infer_task("x", "c", texts, **options)
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "value"),
+    [
+        (GRADE, " severe ", "severe"),
+        (GRADE, "none", "none"),  # a grade, and not an empty cell
+        (GRADE, "n/a", None),
+        (FINDINGS, "PVC; AF", ["PVC", "AF"]),
+        (FINDINGS, ";", []),
+        (FINDINGS, "", None),
+        (Task("low", "binary", "ejection fraction", "low", labels=("0", "1")), "1.0", "1"),
+        (Task("ef", "regression", "ejection fraction", "ef"), "55,5", 55.5),
+        (Task("ef", "regression", "ejection fraction", "ef"), "NaN", None),
+    ],
+)
+def test_a_cell_is_read_as_its_task_needs_it(task: Task, text: str, value: Any) -> None:
+    assert read_label(text, task) == value
+
+
+def test_a_cell_that_is_no_number_is_named() -> None:
+    with pytest.raises(ValueError, match="the column 'ef' holds 'low', which is not a number; leave the cell empty"):
+        read_label("low", Task("ef", "regression", "ejection fraction", "ef"))
+
+
+def test_of_a_table_the_cells_count_and_elsewhere_the_column() -> None:
+    rows = datasets.Dataset.from_dict({"grade": [0, 1], "table": [{"severity": "mild"}, {"severity": ""}]})
+    assert find_labels(rows, replace(GRADE, column="severity")) == ["mild", None]
+    assert find_labels(rows, GRADE) is None
+    assert find_labels(rows.remove_columns("table"), GRADE) == [0, 1]
+    assert find_labels(rows.remove_columns("table"), FINDINGS) is None
