@@ -62,13 +62,14 @@ def read_ecg(
             must be passed, or needs packages that are not installed.
     """
     path = _complete_path(Path(path))
-    if not path.exists():
+    is_file = path.is_file()
+    if not (is_file or path.exists()):
         raise FileNotFoundError(f"no such file: {path}")
     facts = Facts(sampling_rate, None if lead_names is None else tuple(lead_names), unit)
     try:
-        reader = _reader_of(path) if path.is_file() else None  # from a pipe nothing would ever come
+        reader = _reader_of(path) if is_file else None  # from a pipe nothing would ever come
         if reader is None:
-            found = f"suffix {shown(path.suffix)}" if path.is_file() else "a folder or device"
+            found = f"suffix {shown(path.suffix)}" if is_file else "a folder or device"
             raise EcgFileError(f"expected an ECG file ({', '.join(READERS)}), found {found}")
         ecg = reader(path, facts)
         check_amplitude(ecg.signal)

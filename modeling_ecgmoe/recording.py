@@ -157,7 +157,9 @@ def check_amplitude(signal: np.ndarray) -> None:
         raise EcgFileError(f"its leads swing by {median:.3g} mV, an ECG's by 0.1 to 5 mV; is the gain or unit right?")
     if largest < MIN_LARGEST_SWING_MV:
         raise EcgFileError(f"no lead swings by more than {largest * 1000:.3g} uV; is the gain or unit right?")
-    ranges = np.fmax.reduce(signal, axis=1) - np.fmin.reduce(signal, axis=1)
+    ranges = signal.max(axis=1) - signal.min(axis=1)  # NaN where a sample is missing
+    if np.isnan(ranges).any():
+        ranges = np.fmax.reduce(signal, axis=1) - np.fmin.reduce(signal, axis=1)
     ranges = ranges[ranges > 0]
     if len(ranges) >= MIN_LEADS_SCALED_ALIKE and ranges.max() < MAX_RATIO_SCALED_ALIKE * ranges.min():
         warnings.warn(

@@ -186,19 +186,20 @@ def read_wfdb(path: Path) -> WfdbRecord:
 
 def find_header(path: Path) -> Path | None:
     """The header of the record that a file belongs to, its suffix in small letters or in capitals."""
-    candidates = (path, path.with_suffix(".hea"), path.with_suffix(".HEA"))
-    return next((p for p in candidates if p.suffix.lower() == ".hea" and p.is_file()), None)
+    if path.suffix in (".hea", ".HEA") and path.is_file():
+        return path
+    return next((p for suffix in (".hea", ".HEA") if (p := path.with_suffix(suffix)).is_file()), None)
 
 
 def _read_signals(header_path: Path, header: WfdbHeader) -> WfdbRecord:
     """A record in one segment."""
-    num_frames = _check_files(header_path, header)
+    num_frames, paths = _check_files(header_path, header)
     channels = _voltage_channels(header)
     signals = [header.signals[channel] for channel in channels]
     if all(s.format == "16" and s.samples_per_frame == 1 and s.skew == 0 for s in header.signals):
-        signal, samples_per_frame = _read_format_16(header_path, header, channels, num_frames), 1
+        signal, samples_per_frame = _read_format_16(paths, header, channels, num_frames), 1
     else:
-        signal, samples_per_frame = _read_with_wfdb(header_path, header, channels)
+        signal, samples_per_frame = _read_with_wfdb(header_path, paths, header, channels)
     rate = None if header.sampling_rate is None else header.sampling_rate * samples_per_frame
     return WfdbRecord(signal, rate, [s.description for s in signals], header, [s.unit for s in signals])
 
@@ -244,8 +245,11 @@ def find_signal_file(header_path: Path, name: str) -> Path:
     return path
 
 
-def _check_files(header_path: Path, header: WfdbHeader) -> int:
-    """Compare the header with its signal files; return the number of frames (samples of a one-per-frame signal).
+def _check_files(header_path: Path, header: WfdbHeader) -> tuple[int, dict[str, Path]]:
+    """Compare the header with its signal files.
+
+    Returns:
+        The number of frames (samples of a one-per-frame signal), and the files by their names in the header.
 
     Raises:
         EcgFileError: see `read_wfdb`.
@@ -257,8 +261,9 @@ def _check_files(header_path: Path, header: WfdbHeader) -> int:
     if not groups:
         raise EcgFileError("the header lists no signal; is this the right header?")
     num_frames = header.num_samples or None
+    paths: dict[str, Path] = {}
     for name, signals in groups.items():
-        path = find_signal_file(header_path, name)
+        path = paths[name] = find_signal_file(header_path, name)
         num_bytes = path.stat().st_size - signals[0].offset
         if any(s.samples_per_frame < 1 for s in signals):
             raise EcgFileError(f"the header gives a signal of {shown(name)} no samples per frame; repair it")
@@ -292,10 +297,10 @@ def _check_files(header_path: Path, header: WfdbHeader) -> int:
     num_values = num_frames * sum(s.samples_per_frame for s in header.signals)
     if num_values > MAX_VALUES:
         raise EcgFileError(f"it holds {num_values} values, more than {MAX_VALUES}; cut it into shorter records")
-    return num_frames
+    return num_frames, paths
 
 
-def _read_format_16(header_path: Path, header: WfdbHeader, channels: list[int], num_frames: int) -> np.ndarray:
+def _read_format_16(paths: dict[str, Path], header: WfdbHeader, channels: list[int], num_frames: int) -> np.ndarray:
     """Little-endian 16-bit samples, interleaved: nearly every 12-lead set, several times faster than by `wfdb`.
 
     Returns:
@@ -305,7 +310,7 @@ def _read_format_16(header_path: Path, header: WfdbHeader, channels: list[int], 
     for name in {header.signals[channel].file for channel in channels}:
         members = [i for i, s in enumerate(header.signals) if s.file == name]
         count, offset = num_frames * len(members), header.signals[members[0]].offset
-        values = np.fromfile(find_signal_file(header_path, name), dtype="<i2", count=count, offset=offset)
+        values = np.fromfile(paths[name], dtype="<i2", count=count, offset=offset)
         if values.size < count:
             raise EcgFileError(f"{shown(name)} became shorter while it was read; copy it again")
         rows = [row for row, channel in enumerate(channels) if channel in members]
@@ -327,7 +332,9 @@ def _read_format_16(header_path: Path, header: WfdbHeader, channels: list[int], 
     return np.stack([blocks[row] for row in range(len(channels))])
 
 
-def _read_with_wfdb(header_path: Path, header: WfdbHeader, channels: list[int]) -> tuple[np.ndarray, int]:
+def _read_with_wfdb(
+    header_path: Path, paths: dict[str, Path], header: WfdbHeader, channels: list[int]
+) -> tuple[np.ndarray, int]:
     """Any other format through the `wfdb` library, after `_check_files`.
 
     Returns:
@@ -336,8 +343,7 @@ def _read_with_wfdb(header_path: Path, header: WfdbHeader, channels: list[int]) 
     frames = {header.signals[channel].samples_per_frame for channel in channels}
     # Leads of one record sampled at different rates are averaged down to the frame rate, as the library does.
     samples_per_frame = frames.pop() if len(frames) == 1 else 1
-    names = {signal.file for signal in header.signals if signal.format != _NO_SIGNAL}
-    with _named_as_written(header_path, names) as named:
+    with _named_as_written(header_path, paths) as named:
         record = _call_wfdb(named, channels=channels, smooth_frames=samples_per_frame == 1)
     rows = record.p_signal.T if samples_per_frame == 1 else record.e_p_signal
     scales = [millivolts_per(header.signals[channel].unit) or np.nan for channel in channels]
@@ -395,14 +401,14 @@ def _keys(record: WfdbRecord) -> list[tuple[str, int]]:
 
 
 @contextmanager
-def _named_as_written(header_path: Path, names: set[str]) -> Iterator[Path]:
+def _named_as_written(header_path: Path, paths: dict[str, Path]) -> Iterator[Path]:
     """The header with its signal files under the names that it writes, copied where they are in capitals."""
-    if header_path.suffix == ".hea" and all((header_path.parent / name).is_file() for name in names):
+    if header_path.suffix == ".hea" and all(path.name == name for name, path in paths.items()):
         yield header_path
         return
     with TemporaryDirectory() as folder:
-        for name in names:
-            copyfile(find_signal_file(header_path, name), Path(folder) / name)
+        for name, path in paths.items():
+            copyfile(path, Path(folder) / name)
         yield Path(copyfile(header_path, Path(folder) / f"{header_path.stem}.hea"))
 
 
