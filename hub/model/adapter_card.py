@@ -15,6 +15,7 @@ from .tasks import TASKS, Task
 CARD_FILE = "task.json"
 # What adapters call their base; the fingerprint in their card is what is checked.
 BASE_MODEL = "ecg-moe/ecg-moe-base"
+ABBREVIATIONS = ("auprc", "auroc", "ece", "mae", "rmse")
 
 
 @dataclass
@@ -103,7 +104,7 @@ class AdapterCard:
         task = self.task
         if not task.labels:
             return []
-        thresholds = self.thresholds if len(self.thresholds) == len(task.labels) else [None] * len(task.labels)
+        thresholds: list[float | None] = [*[None] * (len(task.labels) - len(self.thresholds)), *self.thresholds]
         lines = ["| label | SCP-ECG | SNOMED CT | given from |", "|---|---|---|---:|"]
         for label, threshold in zip(task.labels, thresholds, strict=True):
             codes = task.codes.get(label, {})
@@ -120,7 +121,8 @@ class AdapterCard:
             if value is not None:
                 unit = f" {self.task.unit}".rstrip() if self.task.kind == "regression" else ""
                 between = "" if None in interval else f" (95 % interval {interval[0]} to {interval[1]})"
-                lines.append(f"- {name.replace('_', ' ')}: {value}{unit}{between}")
+                title = " ".join(word.upper() if word in ABBREVIATIONS else word for word in name.split("_"))
+                lines.append(f"- {title}: {value}{unit}{between}")
         return lines + [f"- {name}: {value}" for name, value in left.items()]
 
     def answer(self, logits: np.ndarray, num_leads: int) -> dict[str, Any]:
