@@ -13,7 +13,7 @@ from tiny_model import TINY_TASKS, save_tiny_model, tiny_model
 from torch import Tensor
 
 from data_builders.synthetic import synthetic_ecg
-from modeling_ecgmoe.adapter_card import AdapterCard, best_threshold, calibrate, conformal_half_width
+from modeling_ecgmoe.adapter_card import AdapterCard, best_threshold, calibrate, conformal_half_width, renew_card
 from modeling_ecgmoe.adapters import MultiTask, fingerprint
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.leads import LEADS
@@ -361,6 +361,18 @@ def test_a_rare_label_keeps_the_threshold_of_one_half(positives: int) -> None:
 def test_without_any_label_nothing_is_calibrated() -> None:
     with pytest.raises(ValueError, match="task age: no validation record has a label"):
         calibrate(AdapterCard(TASKS["age"], "abc"), np.zeros((3, 1)), np.full((3, 1), np.nan))
+
+
+def test_a_card_without_codes_is_renewed_and_keeps_all_else(tmp_path: Path) -> None:
+    old = AdapterCard(
+        replace(TASKS["sex"], codes={}), "abc", thresholds=[0.4], metrics={"validation_macro_auroc": 0.9}
+    )
+    old.save(tmp_path)
+    renew_card(tmp_path)
+    assert AdapterCard.load(tmp_path) == replace(old, task=TASKS["sex"])
+    page = (tmp_path / "README.md").read_text()
+    assert "| female |  | 248152002 | 0.40 |" in page
+    assert "- macro AUROC: 0.9\n" in page
 
 
 # Answers

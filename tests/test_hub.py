@@ -1,6 +1,7 @@
 """What is published: the weights in hub/ answer, their code is the package's, and adapters fit their base."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from safetensors import safe_open
 from test_layout import hub_files
 
 from data_builders.synthetic import synthetic_ecg
-from modeling_ecgmoe.adapter_card import AdapterCard
+from modeling_ecgmoe.adapter_card import AdapterCard, renew_card
 from modeling_ecgmoe.adapters import MultiTask
 from modeling_ecgmoe.ecg_files import read_ecg
 
@@ -51,6 +52,16 @@ def test_an_adapter_says_what_it_needs(task: str) -> None:
     assert card.half_widths if card.task.kind == "regression" else len(card.thresholds) == card.task.num_outputs
     with safe_open(ADAPTERS / task / "adapter_model.safetensors", "np") as weights:
         assert all("fusion" in name or f"head_{task}" in name for name in weights.keys())  # noqa: SIM118
+
+
+@pytest.mark.parametrize("task", PUBLISHED)
+def test_an_adapter_holds_the_codes_and_the_page_of_today(task: str, tmp_path: Path) -> None:
+    shutil.copytree(ADAPTERS / task, tmp_path / task)
+    renew_card(tmp_path / task)
+    for name in ("task.json", "README.md"):
+        assert (tmp_path / task / name).read_bytes() == (ADAPTERS / task / name).read_bytes(), (
+            "run `python -m modeling_ecgmoe.adapter_card hub/adapters/*`"
+        )
 
 
 def test_the_model_file_is_small_enough_to_keep_in_git() -> None:

@@ -46,6 +46,62 @@ def test_an_unknown_task_is_refused_with_the_known_ones() -> None:
         find_task("weight")
 
 
+# Codes
+
+
+def verhoeff(digits: str) -> int:
+    """0 where the last digit is the check digit of a SNOMED CT identifier (Verhoeff 1969: the dihedral group D5)."""
+    times = [[(a + b) % 5 if a < 5 and b < 5 else 0 for b in range(10)] for a in range(10)]
+    for a in range(10):
+        for b in range(10):
+            turn = (a + b) if a < 5 else (a - b)
+            times[a][b] = turn % 5 + (5 if (a < 5) != (b < 5) else 0)
+    step, check = [1, 5, 7, 6, 2, 8, 3, 0, 9, 4], 0
+    for position, digit in enumerate(reversed(digits)):
+        value = int(digit)
+        for _ in range(position):
+            value = step[value]
+        check = times[check][value]
+    return check
+
+
+def test_the_check_digit_is_computed_as_in_the_specification() -> None:
+    assert verhoeff("2363") == 0  # the textbook's example
+    assert verhoeff("2364") != 0
+    assert verhoeff("73211009") == 0  # diabetes mellitus, of the SNOMED CT release guide
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS.values() if task.codes], ids=lambda task: task.name)
+def test_every_code_is_one_that_snomed_ct_could_have_given(task: Task) -> None:
+    assert set(task.codes) <= set(task.labels)
+    ids = [codes["snomed_ct"] for codes in task.codes.values() if "snomed_ct" in codes]
+    assert ids
+    assert len(set(ids)) == len(ids)
+    for snomed_ct in ids:
+        assert verhoeff(snomed_ct) == 0, snomed_ct
+
+
+def test_statements_are_their_own_scp_codes() -> None:
+    arrhythmia = TASKS["arrhythmia"]
+    assert arrhythmia.codes["AFIB"] == {"scp_ecg": "AFIB", "snomed_ct": "164889003"}
+    assert all(codes["scp_ecg"] == label for label, codes in TASKS["statements"].codes.items())
+
+
+def test_a_code_for_a_label_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match="task colour: codes for blue, which are not among its labels"):
+        replace(COLOURS, codes={"blue": {"snomed_ct": "1"}})
+
+
+@pytest.mark.parametrize(("spread", "decimals"), [(200.0, 0), (17.0, 0), (1.0, 1), (0.5, 2), (0.003, 4)])
+def test_values_are_read_with_two_digits_of_their_spread(spread: float, decimals: int) -> None:
+    assert replace(TASKS["age"], spread=spread).decimals == decimals
+
+
+def test_classes_have_an_accuracy_too() -> None:
+    assert COLOURS.metrics == ("macro_auroc", "accuracy")
+    assert TASKS["superclass"].metrics == ("macro_auroc",)
+
+
 # Truth to targets
 
 

@@ -191,6 +191,19 @@ def test_a_trunk_without_its_arguments_is_refused(plain: Path, tmp_path: Path) -
         train.load_trunk(EcgMoeForTasks(EcgMoeConfig()), tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["multi_class", "multi_label"])
+def test_new_heads_start_at_the_frequencies_of_their_labels(kind: str) -> None:
+    task = Task("grade", kind, "of the valve", "grade", labels=("mild", "none", "severe"))
+    values = (
+        [["mild"], ["none"], ["none"], ["severe"]] if kind == "multi_label" else ["mild", "none", "none", "severe"]
+    )
+    model = tiny_model()
+    model.add_task(task)
+    train.start_at_base_rates(model, {"grade": torch.from_numpy(task.targets([*values, None]))})
+    bias = model.heads["head_grade"].bias.detach().numpy()
+    np.testing.assert_allclose(task.answers(bias), [0.25, 0.5, 0.25], atol=1e-5)
+
+
 # Interrupted and parallel
 
 
