@@ -24,7 +24,7 @@ FULL_CLEARNESS = 2.0  # less clear leads count less for where the R peak is
 PEAK_SEARCH_S = 0.05
 
 # Chosen on half of the records of the MIT-BIH Arrhythmia Database; benchmarks/r_peaks.py shows the other half apart.
-REFRACTORY_S = 0.2
+REFRACTORY_S = 0.18
 BEAT_HEIGHT = 0.36  # of a usual QRS complex: what stands exactly so high counts neither for a beat nor against one
 NO_BEAT_HEIGHT = 0.2  # lower ones are not looked at
 REFERENCE_S = 9  # each way
