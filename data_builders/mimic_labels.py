@@ -103,22 +103,28 @@ def find_table(folder: Path, name: str) -> Path | None:
     return next((path for suffix in FORMATS if (path := folder / f"{name}{suffix}").is_file()), None)
 
 
-def scan_table(path: Path, columns: Mapping[str, pl.DataType | type[pl.DataType]]) -> pl.LazyFrame:
+def scan_table(path: Path, columns: Mapping[str, pl.DataType | type[pl.DataType]], **only: list[int]) -> pl.LazyFrame:
     """Some columns of a table, lazily. What cannot be read as its column's type is null.
+
+    Args:
+        path: the table's file.
+        columns: name to type.
+        only: the values of a column whose rows are wanted; all other rows are passed over while the file is read.
 
     Raises:
         ValueError: the table lacks columns, or is no table.
     """
-    try:
-        table = (
-            pl.scan_parquet(path) if path.suffix == ".parquet" else pl.scan_csv(path, infer_schema_length=0)
-        )  # every column of a CSV as text
+    try:  # every column of a CSV as text
+        table = pl.scan_parquet(path) if path.suffix == ".parquet" else pl.scan_csv(path, infer_schema_length=0)
         found = table.collect_schema()
     except (pl.exceptions.PolarsError, OSError) as error:
         raise ValueError(f"{path} cannot be read as a table: {error}; get it again") from error
     lacking = [name for name in columns if name not in found]
     if lacking:
         raise ValueError(f"{path} lacks the columns {', '.join(lacking)}; found {', '.join(found.names())}")
+    for name, values in only.items():
+        # Before the other columns are looked at: polars does not move a filter above them by itself.
+        table = table.filter(_as_type(name, found[name], columns[name]).is_in(values))
     return table.select(_as_type(name, found[name], wanted) for name, wanted in columns.items())
 
 
@@ -176,8 +182,7 @@ def read_potassium(path: Path, rule: PotassiumRule, counts: Counts) -> pl.DataFr
         reason = reason.when(pl.col("hemolysed")).then(pl.lit("haemolysed"))
     items = [ITEM_IDS[name] for name in rule.specimens]
     table = (
-        scan_table(path, _LABEVENTS)
-        .filter(pl.col("itemid").is_in(items))
+        scan_table(path, _LABEVENTS, itemid=items)
         .with_columns(hemolysed=(comment.str.contains("ha?emoly") & ~denied).fill_null(value=False))
         .with_columns(reason=reason)
         .drop("comments", "valueuom")

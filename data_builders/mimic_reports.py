@@ -4,10 +4,10 @@ A report has up to 18 short lines by a program of the recorder (three makers, up
 full stop), not by a physician. Two readings of it:
 
 - `first_line_class`: one of 15, the label of the authors of EnECG (arXiv 2511.22935) as far as it is known. They
-  publish the names and not the rule; the names are the most frequent first lines, nearly in the order in which
-  others counted them (sinus rhythm 48 %, sinus bradycardia 9 %, sinus tachycardia 7 %, ...), and "other"; so the class is taken to be the
-  first line, compared as a whole. Such a class says what comes first, not what is there: "Sinus tachycardia with
-  PVC(s)" is "other", as is all that follows in the second line.
+  publish the names and not the rule. The names are the most frequent first lines, nearly in the order in which others
+  counted them (sinus rhythm 48 %, sinus bradycardia 9 %, sinus tachycardia 7 %, ...), and "other"; so the class is
+  taken to be the first line, compared as a whole. It says what comes first, not what is there: "Sinus tachycardia
+  with PVC(s)" is "other", and so is whatever only the second line says.
 - `stated_classes`, `rhythm_statements`: all that any line states, by the patterns below; "other" where it states none
   of them.
 
