@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,10 @@ class DataArguments:
     )
     dataset: str = field(default="ptb_xl", metadata={"help": f"builder: {', '.join(BUILDERS)}"})
     config_name: str = field(default="100hz", metadata={"help": "configuration of the builder"})
+    clinical_dir: str | None = field(default=None, metadata={"help": "MIMIC-IV's tables, for mimic_iv_ecg alone"})
+    builder_options: str = field(
+        default="{}", metadata={"help": 'further arguments of the builder in JSON, such as {"max_distance_min": 30}'}
+    )
     cache_dir: str | None = field(default=None, metadata={"help": "where built data sets are kept"})
     num_proc: int = field(default=2, metadata={"help": "processes that read and prepare recordings"})
     max_records: int | None = field(default=None, metadata={"help": "use only the first records of each split"})
@@ -137,14 +142,24 @@ def _stack(prepared: datasets.Dataset, name: str, chunk: int = 2000) -> Tensor:
 
 
 def load_split(arguments: DataArguments, split: str) -> datasets.Dataset:
-    """The rows of a split, with the RR labels."""
+    """The rows of a split, with the RR labels: the data set's own, or the consensus of detectors."""
+    options = json.loads(arguments.builder_options)
+    if not isinstance(options, dict):
+        raise ValueError(f"builder_options must be a JSON object, found {arguments.builder_options!r}")
+    if arguments.clinical_dir:
+        options["clinical_dir"] = arguments.clinical_dir
     builder = find_builder(arguments.dataset)(
-        config_name=arguments.config_name, data_dir=arguments.data_dir or None, cache_dir=arguments.cache_dir
+        config_name=arguments.config_name,
+        data_dir=arguments.data_dir or None,
+        cache_dir=arguments.cache_dir,
+        **options,
     )
     builder.download_and_prepare(num_proc=arguments.num_proc)
     rows = builder.as_dataset(split)
     if arguments.max_records is not None:
         rows = rows.select(range(min(arguments.max_records, len(rows))))
+    if "rr_interval_ms" in rows.column_names:
+        return rows
     return add_rr_interval(rows, num_proc=arguments.num_proc if len(rows) > 1000 else None)
 
 

@@ -25,8 +25,12 @@ POSSIBLE_MMOL_L = (1.0, 15.0)  # survived extremes are about 1.1 and 14
 HIDDEN_AGE = 91  # the anchor age of everyone over 89
 POSSIBLE_AGES = (0, 120)
 POSSIBLE_RR_MS = (200, 3000)  # 0, 29999 and 65535 mean that nothing was measured
-MEASUREMENTS = ("p_onset", "p_end", "qrs_onset", "qrs_end", "t_end", "p_axis", "qrs_axis", "t_axis")
-NOT_MEASURED = (29999, 32767, -32768, 65535)
+# What the electrocardiograph measured of the waves, by the name that says the unit.
+WAVES = {
+    **{name: f"{name}_ms" for name in ("p_onset", "p_end", "qrs_onset", "qrs_end", "t_end")},
+    **{name: f"{name}_deg" for name in ("p_axis", "qrs_axis", "t_axis")},
+}
+NOT_MEASURED = (29999.0, 32767.0, -32768.0, 65535.0)
 REPORT_LINES = tuple(f"report_{number}" for number in range(18))
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
 
@@ -53,7 +57,7 @@ _MEASURED = {
     **dict.fromkeys(REPORT_LINES, pl.String),
     "bandwidth": pl.String,
     "filtering": pl.String,
-    **dict.fromkeys(("rr_interval", *MEASUREMENTS), pl.Float64),
+    **dict.fromkeys(("rr_interval", *WAVES), pl.Float64),
 }
 
 
@@ -101,6 +105,12 @@ class Counts:
 def find_table(folder: Path, name: str) -> Path | None:
     """The table of that name in any of `FORMATS`, None where there is none."""
     return next((path for suffix in FORMATS if (path := folder / f"{name}{suffix}").is_file()), None)
+
+
+def clinical_tables(clinical_dir: Path) -> dict[str, Path | None]:
+    """The tables of MIMIC-IV, or of its folder `hosp`, that have a part in labels; None for one that is not there."""
+    folder = clinical_dir / "hosp" if (clinical_dir / "hosp").is_dir() else clinical_dir
+    return {name: find_table(folder, name) for name in ("labevents", "patients", "admissions")}
 
 
 def scan_table(path: Path, columns: Mapping[str, pl.DataType | type[pl.DataType]], **only: list[int]) -> pl.LazyFrame:
@@ -337,10 +347,7 @@ def read_ecgs(data_dir: Path, counts: Counts) -> pl.DataFrame:
         "filtering",
         pl.concat_list(REPORT_LINES).list.drop_nulls().alias("report_lines"),
         pl.col("rr_interval").alias("rr_interval_ms"),
-        *(
-            pl.when(~pl.col(name).is_in(NOT_MEASURED)).then(name).alias(f"{name}_{'deg' if 'axis' in name else 'ms'}")
-            for name in MEASUREMENTS
-        ),
+        *(pl.when(~pl.col(name).is_in(NOT_MEASURED)).then(name).alias(named) for name, named in WAVES.items()),
     )
     joined = known.join(measured, on="study_id", how="left", maintain_order="left")
     is_possible = pl.col("rr_interval_ms").is_between(*POSSIBLE_RR_MS)
@@ -372,14 +379,13 @@ def label_ecgs(data_dir: Path, clinical_dir: Path | None, rule: PotassiumRule) -
             "potassium": pl.List(pl.String),
         }
         return ecgs.with_columns(pl.lit(None, kind).alias(name) for name, kind in nothing.items()), counts
-    folder = clinical_dir / "hosp" if (clinical_dir / "hosp").is_dir() else clinical_dir
-    tables = {name: find_table(folder, name) for name in ("labevents", "patients", "admissions")}
+    tables = clinical_tables(clinical_dir)
     labevents, patients, admissions = tables.values()
     if labevents is None or patients is None:
+        lacking = [name for name in ("labevents", "patients") if tables[name] is None]
         raise FileNotFoundError(
-            f"{folder} holds no {' and no '.join(n for n in ('labevents', 'patients') if tables[n] is None)}, each "
-            f"expected as {', '.join(FORMATS)}: clinical_dir is MIMIC-IV (https://doi.org/10.13026/kpb9-mt58, for "
-            "credentialed users) or its folder hosp"
+            f"{clinical_dir} holds no {' and no '.join(lacking)}, each expected as {', '.join(FORMATS)}: clinical_dir "
+            "is MIMIC-IV (https://doi.org/10.13026/kpb9-mt58, for credentialed users) or its folder hosp"
         )
     ecgs = with_patients(ecgs, patients, counts)
     ecgs = with_admissions(ecgs, admissions) if admissions else ecgs.with_columns(hadm_id=pl.lit(None, pl.Int64))

@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -68,11 +69,12 @@ def write_table(
             pl.col(times).str.to_datetime("%Y-%m-%d %H:%M:%S")
         ).write_parquet(path)
         return path
-    opened = gzip.open(path, "wt", newline="") if suffix == ".csv.gz" else path.open("w", newline="")
-    with opened as file:
-        writer = csv.DictWriter(file, columns, restval="", lineterminator=eol)
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, restval="", lineterminator=eol)
+    writer.writeheader()
+    writer.writerows(rows)
+    written = text.getvalue().encode()
+    path.write_bytes(gzip.compress(written) if suffix == ".csv.gz" else written)
     return path
 
 
@@ -123,8 +125,8 @@ def write_hosp(
 def write_mini_mimic(folder: Path, num_patients: int = 40) -> tuple[Path, Path]:
     """MIMIC-IV-ECG with two recordings a patient, and the hosp tables that go with them.
 
-    Patient i (from 0) is 10000001 + i. The first ECG has a potassium value 10 minutes before it: 2.9, 4.2 or 6.4 mmol/L
-    in turn; the second, a day later, has none. High potassium slows the heart, low potassium quickens it.
+    Patient i (from 0) is 10000001 + i. The first ECG has a potassium value 10 minutes before it: 2.9, 4.2 or 6.4 in
+    turn, in mmol/L; the second, a day later, has none. High potassium slows the heart, low potassium quickens it.
 
     Returns:
         `data_dir` and `clinical_dir`.
