@@ -10,6 +10,11 @@ if TYPE_CHECKING:
 BUILDERS = {
     "ptb_xl": "PtbXl",
     "mimic_iv_ecg": "MimicIvEcg",
+    "cinc2021": "Cinc2021",
+    "cinc2017": "Cinc2017",
+    "mitdb": "Mitdb",
+    "ludb": "Ludb",
+    "code15": "Code15",
 }
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import datasets
 import polars as pl
 
-from data_builders.ecg_builder import EcgBuilder, Facts, RecordEntry
+from data_builders.ecg_builder import EcgBuilder, Facts, RecordEntry, signal_columns
 from data_builders.mimic_labels import WAVES, PotassiumRule, clinical_tables, find_table, label_ecgs
 from data_builders.mimic_reports import first_line_class, rhythm_statements, stated_classes
 from data_builders.splits import split_of_patient
@@ -232,9 +232,7 @@ class MimicIvEcg(EcgBuilder):
         yield {
             "record_id": entry.record_id,
             "patient_id": entry.patient_id,
-            "signal": ecg.signal,
-            "sampling_rate": ecg.sampling_rate,
-            "lead_names": list(ecg.lead_names),
+            **signal_columns(ecg),
             "age": known["age"],
             "age_over_89": known["age_over_89"],
             "sex": known["sex"],
