@@ -228,7 +228,7 @@ class MimicIvEcg(EcgBuilder):
                 f"{ecg.sampling_rate:g} Hz"
             )
         known = self._labels[entry.facts["row"]]
-        lines = known["report_lines"] or []
+        lines = (known["report"] or "").split("\n")
         yield {
             "record_id": entry.record_id,
             "patient_id": entry.patient_id,
@@ -237,7 +237,7 @@ class MimicIvEcg(EcgBuilder):
             "age_over_89": known["age_over_89"],
             "sex": known["sex"],
             "recording_date": known["ecg_time"],
-            "report": "\n".join(lines) or None,
+            "report": known["report"],
             "report_class": first_line_class(lines),
             "report_classes": stated_classes(lines),
             "arrhythmia": rhythm_statements(lines),

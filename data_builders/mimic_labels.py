@@ -141,7 +141,8 @@ def scan_table(path: Path, columns: Mapping[str, pl.DataType | type[pl.DataType]
 def _as_type(name: str, found: pl.DataType, wanted: pl.DataType | type[pl.DataType]) -> pl.Expr:
     column = pl.col(name)
     if wanted == pl.String and found == pl.String:
-        return column.str.strip_chars().replace("", None)
+        text = column.str.strip_chars()
+        return pl.when(text != "").then(text)
     if found == pl.String:
         column = column.str.strip_chars()
         if isinstance(wanted, pl.Datetime):
@@ -231,7 +232,7 @@ def closest_potassium(ecgs: pl.DataFrame, values: pl.DataFrame, rule: PotassiumR
         All null without a value in reach.
     """
     details = ("potassium_mmol_l", "potassium_specimen", "potassium_hemolysed")
-    numbered = ecgs.with_row_index("row").sort("subject_id", "ecg_time")
+    numbered = ecgs.select("subject_id", "ecg_time").with_row_index("row").sort("subject_id", "ecg_time")
     drawn = values.with_columns(drawn=pl.col("charttime")).select("subject_id", "charttime", "drawn", *details)
     found = numbered
     for side, strategy in (("_before", "backward"), ("_after", "forward")):
@@ -247,7 +248,7 @@ def closest_potassium(ecgs: pl.DataFrame, values: pl.DataFrame, rule: PotassiumR
     before, after = (_minutes(f"drawn{side}") for side in ("_before", "_after"))
     takes_before = after.is_null() | (before.abs() <= after)
     value = pl.col("potassium_mmol_l")
-    return (
+    labels = (
         found.with_columns(
             pl.when(takes_before).then(before).otherwise(after).alias("potassium_distance_min"),
             *(
@@ -264,8 +265,9 @@ def closest_potassium(ecgs: pl.DataFrame, values: pl.DataFrame, rule: PotassiumR
             .then(pl.lit([], dtype=pl.List(pl.String)))
         )
         .sort("row")
-        .select(*ecgs.columns, "potassium_distance_min", *details, "potassium")
+        .select("potassium_distance_min", *details, "potassium")
     )
+    return ecgs.hstack(labels)
 
 
 def _minutes(drawn: str) -> pl.Expr:
@@ -322,37 +324,49 @@ def read_ecgs(data_dir: Path, counts: Counts) -> pl.DataFrame:
     """The ECGs of `record_list` with what `machine_measurements` says of them, one row for each, in the list's order.
 
     Returns:
-        `subject_id`, `study_id`, `ecg_time`, `path`, `cart_id`, `bandwidth`, `filtering`, `report_lines` (those that
-        are not empty), `rr_interval_ms`, the waves' `..._ms` and `..._axis_deg`; null where nothing was measured.
+        `subject_id`, `study_id`, `ecg_time`, `path`, `cart_id`, `bandwidth`, `filtering`, `report` (its lines that are
+        not empty), `rr_interval_ms`, the waves by the names in `WAVES`; null where nothing was measured.
 
     Raises:
+        FileNotFoundError: a table is not there.
         ValueError: a table is damaged, or lists a study twice.
     """
-    paths = {name: find_table(data_dir, name) for name in ("record_list", "machine_measurements")}
-    tables = []
-    for (name, path), columns in zip(paths.items(), (_RECORDS, _MEASURED), strict=True):
-        if path is None:
-            raise FileNotFoundError(f"{data_dir} holds no {name}{FORMATS[1]}, nor one in {', '.join(FORMATS)}")
-        table = collect(scan_table(path, columns), path)
-        if table["study_id"].drop_nulls().is_duplicated().any():
-            raise ValueError(f"{path} lists a study twice; get it again")
-        tables.append(table)
-    records, measured = tables
+    records = _read_studies(data_dir, "record_list", _RECORDS)
     known = records.drop_nulls(["subject_id", "study_id", "path"])
     counts.ecgs["in lines of record_list that cannot be read, left out"] = records.height - known.height
-    measured = measured.select(
+    measured = _read_studies(
+        data_dir,
+        "machine_measurements",
+        _MEASURED,
         "study_id",
         "cart_id",
         "bandwidth",
         "filtering",
-        pl.concat_list(REPORT_LINES).list.drop_nulls().alias("report_lines"),
+        pl.concat_str(REPORT_LINES, separator="\n", ignore_nulls=True).alias("report"),
         pl.col("rr_interval").alias("rr_interval_ms"),
         *(pl.when(~pl.col(name).is_in(NOT_MEASURED)).then(name).alias(named) for name, named in WAVES.items()),
     )
     joined = known.join(measured, on="study_id", how="left", maintain_order="left")
     is_possible = pl.col("rr_interval_ms").is_between(*POSSIBLE_RR_MS)
     counts.ecgs["without a valid RR interval"] = joined.filter(~is_possible.fill_null(value=False)).height
-    return joined.with_columns(rr_interval_ms=pl.when(is_possible).then("rr_interval_ms"))
+    return joined.with_columns(
+        report=pl.when(pl.col("report") != "").then("report"),
+        rr_interval_ms=pl.when(is_possible).then("rr_interval_ms"),
+    )
+
+
+def _read_studies(
+    data_dir: Path, name: str, columns: Mapping[str, pl.DataType | type[pl.DataType]], *made: pl.Expr | str
+) -> pl.DataFrame:
+    """A table with one row a study; `made` are the columns to make of those that are read, where not themselves."""
+    path = find_table(data_dir, name)
+    if path is None:
+        raise FileNotFoundError(f"{data_dir} holds no {name}{FORMATS[1]}, nor one in {', '.join(FORMATS)}")
+    table = scan_table(path, columns)
+    read = collect(table.select(*made) if made else table, path)
+    if read["study_id"].drop_nulls().is_duplicated().any():
+        raise ValueError(f"{path} lists a study twice; get it again")
+    return read
 
 
 def label_ecgs(data_dir: Path, clinical_dir: Path | None, rule: PotassiumRule) -> tuple[pl.DataFrame, Counts]:

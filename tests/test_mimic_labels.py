@@ -249,10 +249,15 @@ def test_waves_that_were_not_measured_are_null(tmp_path: Path) -> None:
     assert (row["p_axis_deg"], row["qrs_axis_deg"], row["t_axis_deg"]) == (None, 30.0, None)
 
 
+def test_an_empty_report_is_none(tmp_path: Path) -> None:
+    ((row,), _) = label(tmp_path, [], [MimicEcg(PATIENT, 40_000_000, NOON, (" ", ""))])
+    assert row["report"] is None
+
+
 def test_report_lines_keep_their_order_without_the_empty_ones(tmp_path: Path) -> None:
     ecg = MimicEcg(PATIENT, 40_000_000, NOON, ("Sinus rhythm", "", "Abnormal ECG"))
     ((row,), _) = label(tmp_path, [], [ecg])
-    assert row["report_lines"] == ["Sinus rhythm", "Abnormal ECG"]
+    assert row["report"] == "Sinus rhythm\nAbnormal ECG"
 
 
 # Tables as they come
