@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal
 
 import polars as pl
 
@@ -34,7 +35,8 @@ NOT_MEASURED = (29999.0, 32767.0, -32768.0, 65535.0)
 REPORT_LINES = tuple(f"report_{number}" for number in range(18))
 TIME_FORMAT = "%Y-%m-%d %H:%M:%S"
 
-_LABEVENTS = {
+Columns = Mapping[str, pl.DataType | type[pl.DataType]]
+_LABEVENTS: Columns = {
     "labevent_id": pl.Int64,
     "subject_id": pl.Int64,
     "itemid": pl.Int64,
@@ -43,21 +45,33 @@ _LABEVENTS = {
     "valueuom": pl.String,
     "comments": pl.String,
 }
-_PATIENTS = {"subject_id": pl.Int64, "gender": pl.String, "anchor_age": pl.Int64, "anchor_year": pl.Int64}
-_ADMISSIONS = {
+_PATIENTS: Columns = {"subject_id": pl.Int64, "gender": pl.String, "anchor_age": pl.Int64, "anchor_year": pl.Int64}
+_ADMISSIONS: Columns = {
     "subject_id": pl.Int64,
     "hadm_id": pl.Int64,
     "admittime": pl.Datetime("us"),
     "dischtime": pl.Datetime("us"),
 }
-_RECORDS = {"subject_id": pl.Int64, "study_id": pl.Int64, "ecg_time": pl.Datetime("us"), "path": pl.String}
-_MEASURED = {
+_RECORDS: Columns = {"subject_id": pl.Int64, "study_id": pl.Int64, "ecg_time": pl.Datetime("us"), "path": pl.String}
+_MEASURED: Columns = {
     "study_id": pl.Int64,
     "cart_id": pl.String,
     **dict.fromkeys(REPORT_LINES, pl.String),
     "bandwidth": pl.String,
     "filtering": pl.String,
     **dict.fromkeys(("rr_interval", *WAVES), pl.Float64),
+}
+# What an ECG gets from MIMIC-IV.
+_CLINICAL: Columns = {
+    "age": pl.Float64,
+    "age_over_89": pl.Boolean,
+    "sex": pl.String,
+    "hadm_id": pl.Int64,
+    "potassium_distance_min": pl.Float64,
+    "potassium_mmol_l": pl.Float64,
+    "potassium_specimen": pl.String,
+    "potassium_hemolysed": pl.Boolean,
+    "potassium": pl.List(pl.String),
 }
 
 
@@ -113,7 +127,7 @@ def clinical_tables(clinical_dir: Path) -> dict[str, Path | None]:
     return {name: find_table(folder, name) for name in ("labevents", "patients", "admissions")}
 
 
-def scan_table(path: Path, columns: Mapping[str, pl.DataType | type[pl.DataType]], **only: list[int]) -> pl.LazyFrame:
+def scan_table(path: Path, columns: Columns, **only: list[int]) -> pl.LazyFrame:
     """Some columns of a table, lazily. What cannot be read as its column's type is null.
 
     Args:
@@ -235,7 +249,8 @@ def closest_potassium(ecgs: pl.DataFrame, values: pl.DataFrame, rule: PotassiumR
     numbered = ecgs.select("subject_id", "ecg_time").with_row_index("row").sort("subject_id", "ecg_time")
     drawn = values.with_columns(drawn=pl.col("charttime")).select("subject_id", "charttime", "drawn", *details)
     found = numbered
-    for side, strategy in (("_before", "backward"), ("_after", "forward")):
+    sides: dict[str, Literal["backward", "forward"]] = {"_before": "backward", "_after": "forward"}
+    for side, strategy in sides.items():
         found = found.join_asof(
             drawn.rename({name: f"{name}{side}" for name in ("drawn", *details)}),
             left_on="ecg_time",
@@ -355,9 +370,7 @@ def read_ecgs(data_dir: Path, counts: Counts) -> pl.DataFrame:
     )
 
 
-def _read_studies(
-    data_dir: Path, name: str, columns: Mapping[str, pl.DataType | type[pl.DataType]], *made: pl.Expr | str
-) -> pl.DataFrame:
+def _read_studies(data_dir: Path, name: str, columns: Columns, *made: pl.Expr | str) -> pl.DataFrame:
     """A table with one row a study; `made` are the columns to make of those that are read, where not themselves."""
     path = find_table(data_dir, name)
     if path is None:
@@ -385,14 +398,7 @@ def label_ecgs(data_dir: Path, clinical_dir: Path | None, rule: PotassiumRule) -
     counts = Counts()
     ecgs = read_ecgs(data_dir, counts)
     if clinical_dir is None:
-        nothing = {"age": pl.Float64, "age_over_89": pl.Boolean, "sex": pl.String, "hadm_id": pl.Int64} | {
-            "potassium_distance_min": pl.Float64,
-            "potassium_mmol_l": pl.Float64,
-            "potassium_specimen": pl.String,
-            "potassium_hemolysed": pl.Boolean,
-            "potassium": pl.List(pl.String),
-        }
-        return ecgs.with_columns(pl.lit(None, kind).alias(name) for name, kind in nothing.items()), counts
+        return ecgs.with_columns(pl.lit(None, kind).alias(name) for name, kind in _CLINICAL.items()), counts
     tables = clinical_tables(clinical_dir)
     labevents, patients, admissions = tables.values()
     if labevents is None or patients is None:
