@@ -38,7 +38,9 @@ class DataArguments:
         metadata={"help": "folder as its publisher ships it; empty: download an open set"},
     )
     dataset: str = field(default="ptb_xl", metadata={"help": f"builder: {', '.join(BUILDERS)}"})
-    config_name: str = field(default="100hz", metadata={"help": "configuration of the builder"})
+    config_name: str | None = field(
+        default=None, metadata={"help": "configuration of the builder, its first choice where not given"}
+    )
     clinical_dir: str | None = field(default=None, metadata={"help": "MIMIC-IV's tables, for mimic_iv_ecg alone"})
     builder_options: str = field(
         default="{}", metadata={"help": 'further arguments of the builder in JSON, such as {"max_distance_min": 30}'}
