@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -54,6 +55,10 @@ class DataArguments:
     dataset: str = field(default="ptb_xl", metadata={"help": f"builder: {', '.join(BUILDERS)}"})
     config_name: str | None = field(
         default=None, metadata={"help": "configuration of the builder, its first choice where not given"}
+    )
+    clinical_dir: str | None = field(default=None, metadata={"help": "MIMIC-IV's tables, for mimic_iv_ecg alone"})
+    builder_options: str = field(
+        default="{}", metadata={"help": 'further arguments of the builder in JSON, such as {"max_distance_min": 30}'}
     )
     cache_dir: str | None = field(default=None, metadata={"help": "where built data sets are kept"})
     num_proc: int = field(default=2, metadata={"help": "processes that read and prepare recordings"})
@@ -214,13 +219,18 @@ def _stack(prepared: datasets.Dataset, name: str, chunk: int = 2000) -> Tensor:
 
 
 def load_split(arguments: DataArguments, split: str) -> datasets.Dataset:
-    """The rows of a split, with the RR labels; of a table of one's own, with its cells instead."""
+    """The rows of a split, with the RR labels: its own, or the consensus of detectors; of a CSV, with its cells."""
     options: dict[str, Any] = {"data_dir": arguments.data_dir or None, "cache_dir": arguments.cache_dir}
     builder: datasets.GeneratorBasedBuilder
     if arguments.csv:
         builder = EcgCsv(**options, **{name: getattr(arguments, name) for name in CSV_OPTIONS})
     else:
-        builder = find_builder(arguments.dataset)(config_name=arguments.config_name, **options)
+        own = json.loads(arguments.builder_options)
+        if not isinstance(own, dict):
+            raise ValueError(f"builder_options must be a JSON object, found {arguments.builder_options!r}")
+        if arguments.clinical_dir:
+            own["clinical_dir"] = arguments.clinical_dir
+        builder = find_builder(arguments.dataset)(config_name=arguments.config_name, **options, **own)
     builder.download_and_prepare(num_proc=arguments.num_proc)
     rows = builder.as_dataset(split)
     if arguments.max_records is not None:

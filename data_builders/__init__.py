@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 # Name to file and class; a file is imported when its data set is asked for.
 BUILDERS = {
     "ptb_xl": "PtbXl",
+    "mimic_iv_ecg": "MimicIvEcg",
     "cinc2021": "Cinc2021",
     "cinc2017": "Cinc2017",
     "mitdb": "Mitdb",
