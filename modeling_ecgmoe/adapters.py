@@ -21,7 +21,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from .adapter_card import CARD_FILE, AdapterCard
+from .adapter_card import BASE_MODEL, CARD_FILE, AdapterCard
 from .feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from .fusion import LORA_TARGETS
 from .leads import LEADS
@@ -30,8 +30,6 @@ from .tasks import Task
 
 logger = logging.getLogger(__name__)
 
-# What adapters call their base; the fingerprint in their card is what is checked.
-BASE_MODEL = "ecg-moe/ecg-moe-base"
 LORA_SCOPES = {
     "fusion": rf"ecgmoe\.fusion\..*({'|'.join(LORA_TARGETS)})",
     "all": rf"ecgmoe\.(fusion|encoder)\..*({'|'.join((*LORA_TARGETS, 'gate_up_proj'))})",
