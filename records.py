@@ -15,14 +15,13 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from data_builders.ptb_xl import PtbXl
+from data_builders import BUILDERS, find_builder
 from data_builders.rr_consensus import add_rr_interval
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.leads import NUM_LEADS, find_lead
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeEncoderOutput, EcgMoeForTasks
 from modeling_ecgmoe.tasks import Task
 
-BUILDERS = {"ptb_xl": PtbXl}
 # Part of the cache's key: features prepared by other code are not used again.
 PREPARED_BY = ("leads.py", "beats.py", "feature_extraction_ecgmoe.py")
 VERSION = hashlib.sha256(b"".join(Path(inspect.getfile(find_lead)).with_name(n).read_bytes() for n in PREPARED_BY))
@@ -33,7 +32,10 @@ SIGNAL_KEYS = ("input_values", "lead_mask", "sample_mask", "r_peaks", "rr_interv
 class DataArguments:
     """Where the recordings come from."""
 
-    data_dir: str = field(default="", metadata={"help": "folder of the data set as its publisher ships it"})
+    data_dir: str = field(
+        default="",
+        metadata={"help": "folder as its publisher ships it; empty: download an open set"},
+    )
     dataset: str = field(default="ptb_xl", metadata={"help": f"builder: {', '.join(BUILDERS)}"})
     config_name: str = field(default="100hz", metadata={"help": "configuration of the builder"})
     cache_dir: str | None = field(default=None, metadata={"help": "where built data sets are kept"})
@@ -136,10 +138,8 @@ def _stack(prepared: datasets.Dataset, name: str, chunk: int = 2000) -> Tensor:
 
 def load_split(arguments: DataArguments, split: str) -> datasets.Dataset:
     """The rows of a split, with the RR labels."""
-    if arguments.dataset not in BUILDERS:
-        raise ValueError(f"unknown dataset {arguments.dataset!r}; known are {', '.join(BUILDERS)}")
-    builder = BUILDERS[arguments.dataset](
-        config_name=arguments.config_name, data_dir=arguments.data_dir, cache_dir=arguments.cache_dir
+    builder = find_builder(arguments.dataset)(
+        config_name=arguments.config_name, data_dir=arguments.data_dir or None, cache_dir=arguments.cache_dir
     )
     builder.download_and_prepare(num_proc=arguments.num_proc)
     rows = builder.as_dataset(split)

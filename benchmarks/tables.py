@@ -3,8 +3,9 @@
     python benchmarks/tables.py            rewrite the tables
     python benchmarks/tables.py --check    exit with 1 where README.md does not show the results as they are
 
-The block between `<!-- table:NAME -->` and `<!-- /table -->` shows `benchmarks/results/NAME.json`. Such a file says
-where its numbers come from (`KEYS`) and holds `rows`, one object a row and one key a column. A value is
+The block `<!-- table:data_sets -->` shows the facts that the builders of `data_builders` state. Every other block
+between `<!-- table:NAME -->` and `<!-- /table -->` shows `benchmarks/results/NAME.json`. Such a file says where its
+numbers come from (`KEYS`) and holds `rows`, one object a row and one key a column. A value is
 
 - a text or a number;
 - a metric with its interval, as `MetricResult.to_dict` gives it (`unit` may be added):
@@ -21,11 +22,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_builders import BUILDERS, find_builder
 from modeling_ecgmoe.metrics import find_metric
 from modeling_ecgmoe.tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = ("name", "command", "commit", "seed", "versions", "hardware", "data", "rows")
+DATA_SETS = "data_sets"
 MISSING = "–"
 _BLOCK = re.compile(r"<!-- table:(\S+) -->\n(.*?)<!-- /table -->", re.DOTALL)
 
@@ -49,12 +52,39 @@ def read_results(path: Path) -> dict[str, Any]:
 def render_table(results: dict[str, Any]) -> str:
     """A result file as a Markdown table with a line below that says where the numbers come from."""
     rows = [_flatten(row) for row in results["rows"]]
+    return f"{_markdown(rows)}\n\n<sub>{_origin(results, rows)}</sub>\n"
+
+
+def _markdown(rows: Sequence[dict[str, Any]]) -> str:
     names = dict.fromkeys(name for row in rows for name in row)
     columns = [_column(name, [row.get(name) for row in rows]) for name in names]
     rule = ["---" if isinstance(rows[0].get(name), str) else "---:" for name in names]
     title, *cells = zip(*columns, strict=True)
-    lines = ["| " + " | ".join(line) + " |" for line in (title, rule, *cells)]
-    return "\n".join([*lines, "", f"<sub>{_origin(results, rows)}</sub>"]) + "\n"
+    return "\n".join("| " + " | ".join(line) + " |" for line in (title, rule, *cells))
+
+
+def render_data_sets() -> str:
+    """What the builders say about their data sets, one row for each."""
+    rows = []
+    for name in BUILDERS:
+        builder = find_builder(name)
+        facts = builder.FACTS
+        rows.append(
+            {
+                "set": f"[{facts.title} {facts.version}]({facts.homepage})",
+                "records": facts.records,
+                "patients": facts.patients,
+                "Hz": ", ".join(str(rate) for rate in facts.sampling_rates),
+                "leads": facts.leads,
+                "length": facts.length,
+                "labels": facts.labels,
+                "licence": facts.license,
+                "access": facts.access,
+                "command": f'`find_builder("{name}")`',
+                "configurations": ", ".join(f"`{config.name}`" for config in builder.BUILDER_CONFIGS),
+            }
+        )
+    return _markdown(rows) + "\n"
 
 
 def render_readme(text: str, results_dir: Path) -> str:
@@ -67,7 +97,8 @@ def render_readme(text: str, results_dir: Path) -> str:
         raise ValueError("a `<!-- table:NAME -->` line has no `<!-- /table -->` after it; add it")
 
     def render_block(block: re.Match[str]) -> str:
-        table = render_table(read_results(results_dir / f"{block[1]}.json"))
+        is_data = block[1] == DATA_SETS
+        table = render_data_sets() if is_data else render_table(read_results(results_dir / f"{block[1]}.json"))
         return f"<!-- table:{block[1]} -->\n{table}<!-- /table -->"
 
     return _BLOCK.sub(render_block, text)

@@ -2,23 +2,16 @@
 
 import ast
 import csv
-import hashlib
-import inspect
-import logging
-import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 
-from data_builders.schema import ecg_features
-from data_builders.splits import check_no_patient_crosses
+from data_builders.ecg_builder import EcgBuilder, Facts, RecordEntry
 from modeling_ecgmoe.ecg_files import EcgFileError, read_ecg
 from modeling_ecgmoe.tasks import SUPERCLASSES
-
-logger = logging.getLogger(__name__)
 
 RECORDS_CSV = "ptbxl_database.csv"
 STATEMENTS_CSV = "scp_statements.csv"
@@ -26,20 +19,21 @@ DURATION_S = 10
 NUM_LEADS = 12
 SPLIT_FOLDS = {"train": range(1, 9), "validation": range(9, 10), "test": range(10, 11)}
 REMARKS = ("baseline_drift", "static_noise", "burst_noise", "electrodes_problems")
-MAX_LISTED = 20  # records named in one log line
 AGE_OVER_89 = 300.0  # stands for "over 89 years, exact age hidden"
 
-_DOWNLOAD = (
-    "download PTB-XL 1.0.3 from https://doi.org/10.13026/kfzx-aw45, for instance with\n"
-    "    wget -r -N -c -np -nH --cut-dirs=3 -P ptb-xl https://physionet.org/files/ptb-xl/1.0.3/\n"
-    "and pass that folder as data_dir"
-)
-_DESCRIPTION = (
-    "PTB-XL 1.0.3: 21,799 clinical 12-lead ECGs of 10 seconds from 18,869 patients, recorded on Schiller devices "
-    "between 1989 and 1996 and annotated by up to two cardiologists with 71 SCP-ECG statements. Official folds: 1-8 "
-    "train, 9 validation, 10 test; the labels of folds 9 and 10 were validated by humans. No patient is in two folds."
-)
-_CITATION = """\
+FACTS = Facts(
+    title="PTB-XL",
+    version="1.0.3",
+    about=(
+        "Clinical 12-lead ECGs of 10 seconds, recorded on Schiller devices between 1989 and 1996 and annotated by up "
+        "to two cardiologists with 71 SCP-ECG statements. Official folds: 1-8 train, 9 validation, 10 test; the "
+        "labels of folds 9 and 10 were validated by humans. No patient is in two folds."
+    ),
+    host="physionet",
+    project="ptb-xl",
+    doi="10.13026/kfzx-aw45",
+    license="CC BY 4.0",
+    citation="""\
 @article{wagner2020ptbxl,
   author = {Wagner, Patrick and Strodthoff, Nils and Bousseljot, Ralf-Dieter and Kreiseler, Dieter and Lunze, Fatima I.
             and Samek, Wojciech and Schaeffter, Tobias},
@@ -51,7 +45,14 @@ _CITATION = """\
             and Schaeffter, Tobias},
   title = {{PTB-XL}, a large publicly available electrocardiography dataset (version 1.0.3)},
   publisher = {PhysioNet}, year = {2022}, doi = {10.13026/kfzx-aw45}
-}"""
+}""",
+    records=21_799,
+    patients=18_869,
+    sampling_rates=(500, 100),
+    leads="12",
+    length="10 s",
+    labels="71 statements, age, sex, noise remarks",
+)
 
 _STRING, _BOOL, _INT, _FLOAT = (datasets.Value(dtype) for dtype in ("string", "bool", "int32", "float32"))
 _STRINGS = datasets.List(_STRING)
@@ -97,100 +98,60 @@ class PtbXlConfig(datasets.BuilderConfig):
         return "filename_lr" if self.sampling_rate == 100 else "filename_hr"
 
 
-class PtbXl(datasets.GeneratorBasedBuilder):
-    """PTB-XL at 100 or 500 Hz in its official folds.
+class PtbXl(EcgBuilder):
+    """PTB-XL at 100 or 500 Hz in its official folds; see `EcgBuilder`."""
 
-    `PtbXl(config_name="100hz", data_dir="ptb-xl")`, then `download_and_prepare(num_proc=2)` and `as_dataset("train")`.
-    A copy that lacks records is used as far as it goes: missing and broken records are skipped and named in the log, a
-    split without any record is left out.
-    """
-
-    VERSION = datasets.Version("1.0.3")
+    FACTS = FACTS
+    VERSION = datasets.Version(FACTS.version)
     BUILDER_CONFIG_CLASS = PtbXlConfig
     BUILDER_CONFIGS = [
         PtbXlConfig(name="100hz", version=VERSION, sampling_rate=100, description="down-sampled by the authors"),
         PtbXlConfig(name="500hz", version=VERSION, sampling_rate=500, description="as released"),
     ]
     DEFAULT_CONFIG_NAME = "100hz"
-    DEFAULT_WRITER_BATCH_SIZE = 250
 
-    def __init__(self, *args: Any, data_dir: str | Path | None = None, **kwargs: Any) -> None:
-        if data_dir is None:
-            raise ValueError(f"data_dir is missing: {_DOWNLOAD}")
-        # The state of folder and code is part of the cache's name: no older build hides what was completed or mended.
-        kwargs.setdefault("hash", _fingerprint(Path(data_dir)))
-        super().__init__(*args, data_dir=str(data_dir), **kwargs)
+    def signal_shape(self) -> tuple[int, int]:
+        return NUM_LEADS, DURATION_S * self.config.sampling_rate
 
-    def _info(self) -> datasets.DatasetInfo:
-        return datasets.DatasetInfo(
-            description=_DESCRIPTION,
-            citation=_CITATION,
-            homepage="https://doi.org/10.13026/kfzx-aw45",
-            license="CC BY 4.0",
-            features=ecg_features((NUM_LEADS, DURATION_S * self.config.sampling_rate), **_COLUMNS),
-        )
+    def columns(self) -> dict[str, Any]:
+        return _COLUMNS
 
-    def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
-        folder = Path(self.config.data_dir)
+    def is_wanted(self, path: str) -> bool:
+        return path in (RECORDS_CSV, STATEMENTS_CSV) or path.startswith(f"records{self.config.sampling_rate}/")
+
+    @classmethod
+    def watched(cls, folder: Path) -> Iterable[Path]:
+        return [folder / name for name in (RECORDS_CSV, STATEMENTS_CSV, "records100", "records500")]
+
+    def list_records(self, folder: Path) -> list[RecordEntry]:
         rows = read_records(folder)
-        groups = read_statement_groups(folder)
-        column = self.config.file_column
-        check_no_patient_crosses(
-            {
-                name: [r["patient_id"] for r in rows if int(r["strat_fold"]) in folds]
-                for name, folds in SPLIT_FOLDS.items()
-            }
-        )
-        generators, num_found = [], 0
-        for name, folds in SPLIT_FOLDS.items():
-            listed = [row for row in rows if int(row["strat_fold"]) in folds]
-            has_files = [_has_files(folder, row[column]) for row in listed]
-            found = [row for row, has in zip(listed, has_files, strict=True) if has]
-            missing = [Path(row[column]).name for row, has in zip(listed, has_files, strict=True) if not has]
-            num_found += len(found)
-            if missing:
-                logger.warning(
-                    "PTB-XL %s: %d of %d records have no files in %s and are skipped: %s",
-                    name, len(missing), len(listed), folder, _shorten(missing, ", "),
-                )  # fmt: skip
-            if found:
-                generators.append(datasets.SplitGenerator(name=name, gen_kwargs={"rows": found, "groups": groups}))
-            else:
-                logger.warning("PTB-XL %s: none of its records is there; the split is left out", name)
-        if not num_found:
-            raise FileNotFoundError(
-                f"{folder} holds none of the {len(rows)} records that {RECORDS_CSV} lists, expected for instance "
-                f"{rows[0][column]}.hea and .dat: {_DOWNLOAD}"
-            )
-        return generators
-
-    def _generate_examples(
-        self, rows: list[dict[str, str]], groups: dict[str, dict[str, str]]
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
-        folder = Path(self.config.data_dir)
-        broken = []
+        self.groups = read_statement_groups(folder)
+        split_of_fold = {fold: split for split, folds in SPLIT_FOLDS.items() for fold in folds}
+        entries = []
         for row in rows:
             stem = row[self.config.file_column]
-            try:
-                ecg = read_ecg(folder / f"{stem}.hea", sampling_rate=self.config.sampling_rate)
-                expected = self.info.features["signal"].shape
-                if ecg.signal.shape != expected:
-                    raise EcgFileError(f"expected shape {expected}, found {ecg.signal.shape}")
-            except (EcgFileError, FileNotFoundError) as error:
-                broken.append(f"{Path(stem).name}: {error}")
-                continue
-            yield (
-                int(row["ecg_id"]),
-                {
-                    "record_id": Path(stem).name,
-                    "signal": ecg.signal,
-                    "sampling_rate": ecg.sampling_rate,
-                    "lead_names": list(ecg.lead_names),
-                    **describe(row, groups),
-                },
+            entries.append(
+                RecordEntry(
+                    record_id=Path(stem).name,
+                    patient_id=str(int(float(row["patient_id"]))),
+                    split=split_of_fold[int(row["strat_fold"])],
+                    files=(f"{stem}.hea", f"{stem}.dat"),
+                    facts=row,
+                )
             )
-        if broken:
-            logger.warning("PTB-XL: %d broken records are skipped:\n  %s", len(broken), _shorten(broken, "\n  "))
+        return entries
+
+    def read_record(self, entry: RecordEntry) -> Iterator[dict[str, Any]]:
+        ecg = read_ecg(self.folder / entry.files[0], sampling_rate=self.config.sampling_rate)
+        if ecg.signal.shape != self.signal_shape():
+            raise EcgFileError(f"expected shape {self.signal_shape()}, found {ecg.signal.shape}")
+        yield {
+            "record_id": entry.record_id,
+            "signal": ecg.signal,
+            "sampling_rate": ecg.sampling_rate,
+            "lead_names": list(ecg.lead_names),
+            **describe(entry.facts, self.groups),
+        }
 
 
 def read_records(folder: Path) -> list[dict[str, str]]:
@@ -208,9 +169,9 @@ def read_records(folder: Path) -> list[dict[str, str]]:
     needed = ("ecg_id", "patient_id", "age", "sex", "scp_codes", "strat_fold", "filename_lr", "filename_hr")
     lacking = [name for name in needed if name not in (reader.fieldnames or ())]
     if lacking or not rows:
-        raise ValueError(f"{path} has no {', '.join(lacking) or 'rows'}; {_DOWNLOAD}")
+        raise ValueError(f"{path} has no {', '.join(lacking) or 'rows'}; {FACTS.how_to_get}")
     if not (rows[-1]["filename_hr"] or "").startswith("records"):
-        raise ValueError(f"{path} breaks off in its last line (ecg_id {rows[-1]['ecg_id']}); {_DOWNLOAD}")
+        raise ValueError(f"{path} breaks off in its last line (ecg_id {rows[-1]['ecg_id']}); {FACTS.how_to_get}")
     return rows
 
 
@@ -226,7 +187,7 @@ def _require_tables(folder: Path) -> None:
     if missing:
         raise FileNotFoundError(
             f"{folder} holds no {' and no '.join(missing)}; expected {RECORDS_CSV}, {STATEMENTS_CSV} and records100/ "
-            f"or records500/: {_DOWNLOAD}"
+            f"or records500/: {FACTS.how_to_get}"
         )
 
 
@@ -285,32 +246,3 @@ def _whole(text: str | None) -> int | None:
 def _text(row: dict[str, str], name: str) -> str | None:
     # The remarks are padded with blanks and commas: " , I-V1,  ".
     return (row.get(name) or "").strip(" ,") or None
-
-
-def _has_files(folder: Path, stem: str) -> bool:
-    if os.path.isabs(stem) or ".." in Path(stem).parts:
-        raise ValueError(f"{RECORDS_CSV} names a record outside {folder}: {stem!r}; {_DOWNLOAD}")
-    base = os.path.join(folder, stem)
-    return os.path.exists(f"{base}.hea") and os.path.exists(f"{base}.dat")
-
-
-def _shorten(texts: list[str], separator: str) -> str:
-    shown = texts[:MAX_LISTED] + ([f"and {len(texts) - MAX_LISTED} more"] if len(texts) > MAX_LISTED else [])
-    return separator.join(shown)
-
-
-def _fingerprint(folder: Path) -> str:
-    """A short digest of which files the folder holds, how large they are, and of the code that makes rows of them."""
-    digest = hashlib.sha256(str(PtbXl.VERSION).encode())
-    for code in (__file__, inspect.getfile(ecg_features), inspect.getfile(read_ecg)):
-        digest.update(Path(code).read_bytes())
-    for name in (RECORDS_CSV, STATEMENTS_CSV):
-        if (folder / name).is_file():
-            status = (folder / name).stat()
-            digest.update(f"{name} {status.st_size} {status.st_mtime_ns}".encode())
-    for kind in ("records100", "records500"):
-        for subfolder in sorted((folder / kind).glob("*/")):
-            with os.scandir(subfolder) as entries:
-                sizes = [entry.stat().st_size for entry in entries]
-            digest.update(f"{kind} {subfolder.name} {len(sizes)} {sum(sizes)}".encode())
-    return digest.hexdigest()[:16]

@@ -206,9 +206,9 @@ def test_a_table_that_must_not_be_believed_is_refused(
         build(copy_of_mini, tmp_path)
 
 
-def test_a_missing_folder_is_asked_for() -> None:
-    with pytest.raises(ValueError, match=r"data_dir is missing.*10\.13026/kfzx-aw45"):
-        PtbXl()
+def test_a_missing_folder_is_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"(?s)no folder.*nowhere.*10\.13026/kfzx-aw45.*wget"):
+        build(tmp_path / "nowhere", tmp_path)
 
 
 def test_the_facts_of_the_data_set_travel_with_it(mini: datasets.DatasetDict) -> None:
