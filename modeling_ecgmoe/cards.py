@@ -79,7 +79,7 @@ def fill_card(
     # An earlier page may name an earlier base.
     tags = [tag for tag in tags if not tag.startswith("base_model:") or tag in header["tags"]]
     values |= header | {"tags": tags}
-    measured = measured or card.data.eval_results or []
+    measured = measured or card.data.get("eval_results") or []
     if measured:
         metrics = dict.fromkeys([*(values.get("metrics") or []), *(result.metric_type for result in measured)])
         values |= {"model_name": name, "eval_results": measured, "metrics": list(metrics)}
@@ -154,17 +154,23 @@ def calibration_results(card: AdapterCard, training: dict[str, Any]) -> list[Eva
     Args:
         training: its `training.json`.
     """
-    dataset = {"dataset_type": training.get("dataset") or "custom", "dataset_config": training.get("config_name")}
-    low_high = {key: card.metrics[key] for key in ("low", "high") if key in card.metrics}
-    found = []
-    for key, value in card.metrics.items():
-        if (metric := METRICS.get(key.removeprefix("validation_"))) is not None:
-            title = f"{card.task.name}: {_title(metric, card.task.name)}{_interval(low_high)}, on calibration data"
-            name = f"validation data beside {card.trained_on or 'the training data'}"
-            result = EvalResult("other", dataset_name=name, metric_type=metric.name, metric_value=value, **dataset)
-            result.task_name, result.dataset_split, result.metric_name = TASK_NAME, "validation", title
-            found.append(result)
-    return found
+    metrics = {key: METRICS.get(key.removeprefix("validation_")) for key in card.metrics}
+    return [
+        EvalResult(
+            task_type="other",
+            task_name=TASK_NAME,
+            dataset_type=training.get("dataset") or "custom",
+            dataset_name=f"validation data beside {card.trained_on or 'the training data'}",
+            dataset_config=training.get("config_name"),
+            dataset_split="validation",
+            metric_type=metric.name,
+            metric_value=card.metrics[key],
+            metric_name=f"{card.task.name}: {_title(metric, card.task.name)}{_interval(card.metrics)}, on the data of "
+            "the calibration",
+        )
+        for key, metric in metrics.items()
+        if metric is not None
+    ]
 
 
 def _title(metric: Metric, task: str) -> str:

@@ -218,7 +218,7 @@ def dataset_to_publish(args: argparse.Namespace, stack: contextlib.ExitStack) ->
     except (ConnectionError, FileNotFoundError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise CommandError(" ".join(str(error).split())) from error
     folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ecgmoe-", dir=args.cache_dir))
-    return dataset_upload(configs, found.FACTS, args.repo_id, Path(folder))
+    return dataset_upload(configs, found.FACTS, args.repo_id, Path(folder), args.shard_mb * 1_000_000)
 
 
 def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
@@ -301,6 +301,7 @@ def _add_publish(commands: Any) -> None:
             add("--config", nargs="+", metavar="NAME", help="configurations (default: the builder's default, or all)")
             add("--cache_dir", type=Path, metavar="DIR", help="where rows and shards are built")
             add("--num_proc", type=_positive(int), metavar="N", help="processes that build")
+            add("--shard_mb", type=_positive(int), default=500, metavar="N", help="rows in one file (default: 500 MB)")
         if kind == "space":
             add("--model", metavar="DIR_OR_ID", help="goes along, or is loaded (default: hub/model of the sources)")
             add("--source", type=Path, metavar="DIR", help="the source tree (default: the one around this package)")

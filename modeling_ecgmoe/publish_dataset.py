@@ -173,7 +173,7 @@ def _add_structure(header: DatasetCardData, configs: Any, files: dict[str, Path 
     DatasetInfosDict(infos).to_dataset_card_data(header)
 
 
-def _license(facts: Facts) -> dict[str, str]:
+def _license(facts: Facts) -> dict[str, Any]:
     known = LICENSES.get(facts.license.lower())
     if known:
         return {"license": known}

@@ -18,6 +18,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, co
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
@@ -225,6 +226,8 @@ def explained(upload: Upload, so_far: str) -> Iterator[None]:
         raise PublishError("the Hub is switched off by HF_HUB_OFFLINE; unset it to publish") from error
     except HfHubHTTPError as error:
         raise PublishError(f"{_refusal(upload, error)}; {so_far}") from error
+    except LocalEntryNotFoundError as error:
+        raise PublishError(f"{upload.repo_id} could not be fetched; {so_far}: {_one_line(error)}") from error
     except HFValidationError as error:
         raise PublishError(f"{upload.repo_id!r} is not a name of a repository: {_one_line(error)}") from error
     except ValueError as error:  # the Hub's opinion of the page's header, and answers that are none
