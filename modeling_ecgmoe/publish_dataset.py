@@ -7,15 +7,12 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from huggingface_hub import DatasetCardData, get_token
 
 from .leaks import find_leaks
 from .upload import PublishError, Upload
-
-if TYPE_CHECKING:
-    import datasets
 
 MAX_SHARD_BYTES = 500_000_000  # of rows before compression
 MAX_SHOWN_LABELS = 20
@@ -84,7 +81,7 @@ def check_access(facts: Facts) -> None:
 
 
 def dataset_upload(
-    configs: "Mapping[str, datasets.DatasetDict]",
+    configs: Mapping[str, Any],
     facts: Facts,
     repo_id: str,
     folder: Path,
@@ -130,7 +127,7 @@ def dataset_upload(
     return Upload(repo_id, "dataset", files | {PAGE: page.encode()}, owned=("data/*",))
 
 
-def _check_texts(place: str, rows: "datasets.Dataset") -> None:
+def _check_texts(place: str, rows: Any) -> None:
     """Look at the texts of all rows: a path of the machine that built them must not go out.
 
     Raises:
@@ -187,7 +184,7 @@ def _size_category(num_rows: int) -> str:
 # ---------------------------------------------------------------------------------------------------------------- page
 
 
-def _page(configs: "Mapping[str, datasets.DatasetDict]", facts: Facts, repo_id: str) -> str:
+def _page(configs: Mapping[str, Any], facts: Facts, repo_id: str) -> str:
     patients = f" of {facts.patients:,} patients" if facts.patients else ""
     default, splits = next(iter(configs.items()))
     first_split, rows = next(iter(splits.items()))
@@ -265,7 +262,7 @@ that this needs.
 """
 
 
-def _split_lines(configs: "Mapping[str, datasets.DatasetDict]") -> str:
+def _split_lines(configs: Mapping[str, Any]) -> str:
     lines = []
     for config, splits in configs.items():
         for split, rows in splits.items():
@@ -274,7 +271,7 @@ def _split_lines(configs: "Mapping[str, datasets.DatasetDict]") -> str:
     return "\n".join(lines)
 
 
-def _column_lines(rows: "datasets.Dataset") -> str:
+def _column_lines(rows: Any) -> str:
     lines = []
     for name, kind in rows.features.items():
         names = getattr(kind, "names", None)
@@ -294,7 +291,7 @@ def _type(kind: Any) -> str:
     return type(kind).__name__ if hasattr(kind, "names") else str(kind.dtype)
 
 
-def _label_lines(splits: "datasets.DatasetDict") -> str:
+def _label_lines(splits: Any) -> str:
     """How often each label is there, for the columns with labels, in each split of the default configuration."""
     lines = [f"| column | label | {' | '.join(splits)} |", "|---|---|" + "---:|" * len(splits)]
     features = next(iter(splits.values())).features
@@ -321,7 +318,7 @@ def _labels(values: Any, names: list[str] | None) -> list[str]:
     return [label for labels in values for label in (["none known"] if labels is None else labels)]
 
 
-def _limits(configs: "Mapping[str, datasets.DatasetDict]", facts: Facts, published: int) -> str:
+def _limits(configs: Mapping[str, Any], facts: Facts, published: int) -> str:
     lines = []
     if published != facts.records:
         lines.append(

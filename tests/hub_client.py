@@ -120,8 +120,10 @@ def data_differences(repo_id: str, data_dir: str, config: str, split: str, shard
         "parquet": datasets.load_dataset("parquet", data_files={split: shards}, split=split),
     }
     stream = datasets.load_dataset(repo_id, config, split=split, streaming=True)
-    found = {way: {"features": rows.features == expected.features, "rows": len(rows)} for way, rows in ways.items()}
-    found["streamed"] = {"features": stream.features == expected.features, "rows": 0}
+    found: dict[str, Any] = {way: {"rows": len(rows)} for way, rows in ways.items()} | {"streamed": {"rows": 0}}
+    for way, rows in (ways | {"streamed": stream}).items():
+        kinds = expected.features
+        found[way]["other features"] = {k: str(v) for k, v in rows.features.items() if v != kinds.get(k)}
     wanted = expected.with_format("numpy", columns=["signal"], output_all_columns=True)
     for way, rows in ways.items():
         pairs = zip(rows.with_format("numpy", columns=["signal"], output_all_columns=True), wanted, strict=True)

@@ -1,8 +1,13 @@
 """Publishing for real: the client against a Hub on 127.0.0.1, and people who then load what lies there by its id."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
+import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -123,7 +128,8 @@ def test_an_earlier_revision_opens_without_this_package_and_answers_as_then(
     assert hub.commits_of("models", "me/tiny")[0] == published
     signal = synthetic_ecg(sampling_rate=250).ecg.signal
     np.savez(tmp_path / "signal.npz", signal=signal, names=np.array(LEADS))
-    code = WITHOUT_THE_PACKAGE + OPEN_THE_FOLDER.replace("folder, out = sys.argv[1:]", FROM_THE_HUB)
+    code = WITHOUT_THE_PACKAGE + OPEN_THE_FOLDER.replace("from_pretrained(folder", "from_pretrained(hub, revision=rev")
+    code = code.replace("folder, out = sys.argv[1:]", "hub, rev, folder = sys.argv[1:]\nout = f'{folder}/report'")
     done = subprocess.run(
         [sys.executable, "-I", "-c", code, "me/tiny", published, str(tmp_path)],
         env=client_environment(hub.url, tmp_path / "home"), cwd=tmp_path, capture_output=True, text=True, check=False,
@@ -134,17 +140,6 @@ def test_an_earlier_revision_opens_without_this_package_and_answers_as_then(
     expected = tiny_model().eval()(**features).pooler_output.detach()
     np.testing.assert_allclose(np.load(tmp_path / "report.npz")["pooler_output"], expected, atol=1e-6)
     assert json.loads((tmp_path / "report").read_text())["imported"] == []
-
-
-# The names are those of OPEN_THE_FOLDER; every class is asked for by id and commit.
-FROM_THE_HUB = """
-import functools
-repo_id, revision, folder = sys.argv[1:]
-out = folder + "/report"
-for auto in (AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForTimeSeriesPrediction):
-    load = auto.from_pretrained
-    auto.from_pretrained = lambda _, load=load, **named: load(repo_id, revision=revision, **named)
-"""
 
 
 def test_an_adapter_does_not_go_to_a_base_that_is_not_its_own(
@@ -286,9 +281,127 @@ def test_after_a_kill_the_same_command_goes_on_and_sends_nothing_twice(hub: Hub,
 
 def wait_for_small_objects(hub: Hub) -> set[str]:
     """The objects that arrived; the examples have time to, beside the one that waits."""
-    import time
-
     deadline = time.monotonic() + 20
     while len(hub.objects) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
     return set(hub.objects)
+
+
+# A data set
+
+
+@pytest.fixture(scope="module")
+def published_data(hub: Hub, client: Client, mini_ptb_xl: Path) -> list[str]:
+    """PTB-XL in miniature on the Hub, in both sampling rates; the command that put it there."""
+    command = ["dataset", "ptb_xl", "--data_dir", str(mini_ptb_xl), "--repo_id", "me/ptb-xl", "--shard_mb", "1"]
+    command += ["--config", "100hz", "500hz"]
+    done = client("ecgmoe", *command)
+    assert done["status"] == 0, done["err"]
+    return command
+
+
+@pytest.mark.parametrize(("config", "split"), [("100hz", "train"), ("500hz", "train")])
+def test_the_rows_on_the_hub_are_the_builders_by_id_streamed_and_as_parquet(
+    hub: Hub, client: Client, mini_ptb_xl: Path, published_data: list[str], tmp_path: Path, config: str, split: str
+) -> None:
+    files = client("download", "me/ptb-xl", "dataset", str(tmp_path / "copy"))
+    shards = [str(tmp_path / "copy" / name) for name in files if name.startswith(f"data/{config}/{split}-")]
+    assert len(shards) == {"100hz": 2, "500hz": 3}[config]
+    found = client("data_differences", "me/ptb-xl", str(mini_ptb_xl), config, split, shards)
+    same = {"other features": {}, "rows": {"100hz": 32, "500hz": 10}[config], "wrong": []}
+    # Parquet knows no seconds; by id the page says what they were.
+    milliseconds = {"other features": {"recording_date": "Value('timestamp[ms]')"}}
+    assert found == {"by id": same, "parquet": same | milliseconds, "streamed": same}
+
+
+def test_a_data_set_built_again_makes_no_commit(hub: Hub, client: Client, published_data: list[str]) -> None:
+    (commit,) = hub.commits_of("datasets", "me/ptb-xl")
+    done = client("ecgmoe", *published_data)
+    assert done["out"].split("\n")[0] == f"{hub.url}/datasets/me/ptb-xl nothing changed since {commit}"
+    assert hub.commits_of("datasets", "me/ptb-xl") == [commit]
+
+
+def test_shards_that_are_no_part_of_it_any_more_go_in_the_same_commit(
+    hub: Hub, client: Client, published_data: list[str]
+) -> None:
+    done = client("ecgmoe", *published_data[:-3], "--config", "100hz", "--repo_id", "me/fewer")
+    assert len(hub.commits_of("datasets", "me/fewer")) == 1
+    done = client("ecgmoe", *published_data[:6], "--config", "100hz", "--repo_id", "me/fewer")
+    assert len(hub.commits_of("datasets", "me/fewer")) == 2
+    assert "taken away, since it is no part of it any more: data/100hz/train-00000-of-00002.parquet" in done["err"]
+    shards = [name for name in hub.files_of("datasets", "me/fewer") if name.startswith("data/100hz/train")]
+    assert shards == ["data/100hz/train-00000-of-00001.parquet"]
+
+
+def test_a_dry_run_shows_files_and_page_and_asks_nobody(
+    hub: Hub, client: Client, mini_ptb_xl: Path, model: Path
+) -> None:
+    command = ["--data_dir", str(mini_ptb_xl), "--repo_id", "me/dry", "--dry_run"]
+    done = client("ecgmoe", "dataset", "ptb_xl", *command, token=None)
+    assert (done["status"], hub.requests) == (0, [])
+    assert "LFS      data/100hz/train-00000-of-00001.parquet" in done["out"]
+    assert "regular  README.md" in done["out"]
+    assert "doi.org/10.13026/kfzx-aw45" in done["out"]
+    done = client("ecgmoe", "adapter", str(model.parent / "adapters" / "sex"), "--repo_id", "me/dry", "--dry_run")
+    assert (done["status"], hub.requests) == (0, [])
+    assert "Evidence: simulated" in done["out"]
+
+
+# The web page
+
+START_THE_SPACE = """
+import runpy, sys
+sys.path.insert(0, ".")
+import modeling_ecgmoe
+assert modeling_ecgmoe.__file__.startswith(sys.argv[1]), modeling_ecgmoe.__file__
+runpy.run_path("app.py", run_name="__main__")
+"""
+
+
+def test_the_uploaded_web_page_starts_by_itself_and_answers(
+    hub: Hub, client: Client, model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "space"
+    done = client("ecgmoe", "space", "--repo_id", "me/page", "--model", str(model), "--source", str(ROOT))
+    assert done["status"] == 0, done["err"]
+    assert hub.repos[("spaces", "me/page")].sdk == "gradio"
+    client("download", "me/page", "space", str(folder))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {"GRADIO_SERVER_PORT": str(port), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    settings |= {"GRADIO_TEMP_DIR": str(tmp_path / "uploads"), "HF_HOME": str(tmp_path / "home")}
+    code = WITHOUT_THE_PACKAGE + START_THE_SPACE
+    with (tmp_path / "log.txt").open("w") as log:
+        kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "HF_TOKEN")}
+        server = subprocess.Popen(
+            [sys.executable, "-c", code, str(folder)], cwd=folder, env=kept | settings, stdout=log, stderr=log
+        )
+        try:
+            line = ask_the_space(f"http://127.0.0.1:{port}", server, tmp_path / "log.txt")
+        finally:
+            server.terminate()
+            server.wait()
+    assert line["status"] == "ok"
+    assert set(line["tasks"]) == set(TASKS)
+
+
+def ask_the_space(url: str, server: subprocess.Popen, log: Path) -> dict:
+    """The line of a bundled example, asked for as the page asks for it."""
+    asked = json.dumps({"data": ["sinus_75bpm"]}).encode()
+    deadline = time.monotonic() + 300
+    while True:
+        assert server.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        try:
+            headers = {"Content-Type": "application/json"}
+            call = urllib.request.Request(f"{url}/gradio_api/call/example", asked, headers)
+            with urllib.request.urlopen(call, timeout=5) as answer:
+                event = json.loads(answer.read())["event_id"]
+            break
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            time.sleep(0.2)
+    with urllib.request.urlopen(f"{url}/gradio_api/call/example/{event}", timeout=120) as stream:
+        text = stream.read().decode()
+    assert "event: complete" in text, text
+    return json.loads(text.split("data: ")[-1])[-1]
