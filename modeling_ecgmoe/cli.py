@@ -170,6 +170,8 @@ def publish(args: argparse.Namespace) -> int:
     for name in upload.left_out:
         print(f"ecgmoe: not published, since it is no part of it: {name}", file=sys.stderr)
     if not args.dry_run:
+        for remark in done.remarks:
+            print(f"ecgmoe: the Hub remarks: {remark}", file=sys.stderr)
         for path in done.removed:
             print(f"ecgmoe: taken away, since it is no part of it any more: {path}", file=sys.stderr)
         count = len(done.changed) + len(done.removed)
@@ -319,7 +321,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("ecgmoe:", printable(str(error)), file=sys.stderr)
         return EXIT_REFUSED
     except KeyboardInterrupt:
-        print("ecgmoe: interrupted; with --out, the same command and --resume goes on", file=sys.stderr)
+        again = "with --out, the same command and --resume goes on" if args.run is predict else "run it again to go on"
+        print(f"ecgmoe: interrupted; {again}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # Whoever read stdout has enough. Python flushes it again at exit, which must not fail a second time.

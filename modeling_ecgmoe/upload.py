@@ -100,12 +100,17 @@ class Changes:
 
 @dataclass(frozen=True)
 class Published:
-    """What came of it: the page, the commit it shows, and what that commit changed (nothing: it was there)."""
+    """What came of it: the page, the commit it shows, and what that commit changed (nothing: it was there).
+
+    Attributes:
+        remarks: what the Hub said about the header of the page.
+    """
 
     url: str
     commit: str
     changed: list[str]
     removed: list[str]
+    remarks: list[str] = field(default_factory=list)
 
 
 def send(upload: Upload, private: bool, message: str, space_sdk: str | None = None) -> Published:
@@ -138,15 +143,18 @@ def send(upload: Upload, private: bool, message: str, space_sdk: str | None = No
         changes = compare(api, upload)
         if not changes:
             return Published(upload.url, changes.head, [], [])
-        try:
-            commit = _commit(api, upload, changes, message)
-        except httpx.TransportError:
-            # The Hub may have made the commit and only its answer was lost.
-            now = compare(api, upload)
-            if now or now.head == changes.head:
-                raise
-            commit = now.head
-    return Published(upload.url, commit, changes.changed, changes.removed)
+        with warnings.catch_warnings(record=True) as remarks:
+            warnings.simplefilter("always")
+            try:
+                commit = _commit(api, upload, changes, message)
+            except httpx.TransportError:
+                # The Hub may have made the commit and only its answer was lost.
+                now = compare(api, upload)
+                if now or now.head == changes.head:
+                    raise
+                commit = now.head
+    said = [_one_line(remark.message) for remark in remarks if issubclass(remark.category, UserWarning)]
+    return Published(upload.url, commit, changes.changed, changes.removed, said)
 
 
 def compare(api: HfApi, upload: Upload) -> Changes:
@@ -178,14 +186,13 @@ def _commit(api: HfApi, upload: Upload, changes: Changes, message: str) -> str:
         CommitOperationAdd(path, upload.files[path]) for path in changes.changed
     ]
     operations += [CommitOperationDelete(path) for path in changes.removed]
-    with warnings.catch_warnings(record=True):  # remarks of the Hub on the page's header, shown there too
-        commit = api.create_commit(
-            upload.repo_id,
-            operations,
-            commit_message=message,
-            repo_type=upload.repo_type,
-            parent_commit=changes.head,
-        )
+    commit = api.create_commit(
+        upload.repo_id,
+        operations,
+        commit_message=message,
+        repo_type=upload.repo_type,
+        parent_commit=changes.head,
+    )
     return commit.oid
 
 

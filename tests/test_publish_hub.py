@@ -156,6 +156,15 @@ def test_an_adapter_does_not_go_to_a_base_that_is_not_its_own(
     assert ("models", "me/wrong") not in hub.repos
 
 
+def test_a_header_that_the_hub_does_not_take_sends_nothing(hub: Hub, client: Client, model: Path) -> None:
+    hub.troubles.append(Trouble("/api/validate-yaml", 400, message="license is unknown"))
+    done = client("ecgmoe", "model", str(model), "--repo_id", "me/header")
+    assert done["status"] == 2
+    assert "Invalid metadata in README.md" in done["err"]
+    assert hub.commits_of("models", "me/header") == []
+    assert not [request for request in hub.requests if "lfs" in request]
+
+
 # Who may
 
 
