@@ -40,6 +40,22 @@ COLUMNS = {
     "age_over_89": "the exact age is hidden for privacy",
     "recording_date": "as the source gives it, often shifted for privacy",
     "report": "as the source gives it",
+    "fold": "as the source deals its patients out",
+    "scp_codes": "SCP-ECG statements with their likelihood in percent, 0 where not given",
+    "statements": "all codes of `scp_codes`",
+    "superclass": "NORM, MI, STTC, CD, HYP; null where no statement is diagnostic",
+    "arrhythmia": "rhythm statements; null where none is known",
+    "quality": "which remarks on the recording were made",
+    "baseline_drift": "the remark itself, mostly the leads it is about",
+    "static_noise": "as `baseline_drift`",
+    "burst_noise": "as `baseline_drift`",
+    "electrodes_problems": "as `baseline_drift`",
+    "start_sample": "where the window begins in the record",
+    "beat_samples": "the annotated beats, in samples of `signal`",
+    "beat_symbols": "their symbols in PhysioNet's code",
+    "beat_classes": "their classes after AAMI: N, S, V, F, Q",
+    "rr_interval_ms": "mean interval between beats, in ms",
+    "heart_axis": "electrical axis of the heart",
 }
 
 
@@ -188,12 +204,10 @@ def _page(configs: Mapping[str, Any], facts: Facts, repo_id: str) -> str:
     patients = f" of {facts.patients:,} patients" if facts.patients else ""
     default, splits = next(iter(configs.items()))
     first_split, rows = next(iter(splits.items()))
-    published = max(sum(map(len, c.values())) for c in configs.values())
-    part = (
-        ""
-        if published == facts.records
-        else f" **This copy holds {published:,} rows a configuration at most**, not the whole: see Limits."
-    )
+    published = {config: sum(map(len, c.values())) for config, c in configs.items()}
+    is_whole = all(count == facts.records for count in published.values())
+    counts = ", ".join(f"{count:,} rows in {config}" for config, count in published.items())
+    part = "" if is_whole else f" **This copy holds {counts}**, see Limits."
     return f"""\
 # {facts.title} {facts.version}
 
@@ -318,14 +332,16 @@ def _labels(values: Any, names: list[str] | None) -> list[str]:
     return [label for labels in values for label in (["none known"] if labels is None else labels)]
 
 
-def _limits(configs: Mapping[str, Any], facts: Facts, published: int) -> str:
+def _limits(configs: Mapping[str, Any], facts: Facts, published: dict[str, int]) -> str:
     lines = []
-    if published != facts.records:
+    if any(count != facts.records for count in published.values()):
+        counts = ", ".join(f"{count:,} rows in {config}" for config, count in published.items())
         lines.append(
-            f"- The source has {facts.records:,} records, this copy {published:,} rows: it was made from a copy that "
-            "lacks some, or a record gives more than one row."
+            f"- The source has {facts.records:,} records, this copy {counts}: a configuration may be a part of the "
+            "source, a record may give several rows, and what was missing or broken is left out."
         )
     for config, splits in configs.items():
         description = _one_line(next(iter(splits.values())).info.description)
         lines += [f"- {config}: {description}"] if description else []
-    return "\n".join([*lines, "- Labels, ages and dates are as the source gives them; nothing was checked or mended."])
+    lines.append("- Ages, dates and labels are the source's, some under names that all sets share; none is mended.")
+    return "\n".join(lines)

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import DatasetCard, ModelCard
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from safetensors.numpy import load_file, save_file
 from test_layout import hub_files, model_files
 from tiny_model import save_tiny_model
 
 from benchmarks import cards as hub_cards
+from data_builders import find_builder
 from data_builders.ptb_xl import FACTS
 from modeling_ecgmoe.cards import calibration_results, fill_card, model_header, results_table
 from modeling_ecgmoe.leaks import find_leaks
@@ -190,6 +191,21 @@ def test_a_page_in_hub_has_a_header_that_the_client_reads(name: str) -> None:
     assert card.data.eval_results
 
 
+@pytest.mark.parametrize("folder", sorted((ROOT / "hub" / "datasets").iterdir()), ids=lambda path: path.name)
+def test_the_page_of_a_data_set_in_hub_fits_its_builder(folder: Path) -> None:
+    card = DatasetCard.load(folder / "README.md")
+    builder = find_builder(folder.name)
+    for text in (builder.FACTS.doi, builder.FACTS.citation, f"licence | {builder.FACTS.license} |"):
+        assert text in card.text
+    known = {config.name: config for config in builder.BUILDER_CONFIGS}
+    names = [config["config_name"] for config in card.data.configs]
+    assert set(names) <= set(known)
+    infos = card.data.dataset_info
+    for info in infos if isinstance(infos, list) else [infos]:
+        features = builder(config_name=info["config_name"], data_dir=folder).info.features
+        assert [column["name"] for column in info["features"]] == list(features)
+
+
 # What stays
 
 
@@ -280,7 +296,7 @@ def test_the_page_of_a_data_set_says_where_it_comes_from_and_counts_what_is_ther
     assert header["dataset_info"]["splits"][0]["num_examples"] == 3
     for text in (FACTS.doi, FACTS.citation, "CC BY 4.0", "| 100hz | train | 3 | 2 |", "| `sex` | unknown | 1 |",
                  "| `superclass` | NORM | 1 |", "float32 (2, 50)", 'load_dataset("me/ptb-xl", "100hz", split="train")',
-                 "The source has 21,799 records, this copy 3 rows", "ethics", "not a medical device"):  # fmt: skip
+                 "The source has 21,799 records, this copy 3 rows in 100hz", "ethics"):  # fmt: skip
         assert text in page, text
 
 
