@@ -37,7 +37,9 @@ class DataArguments:
         metadata={"help": "folder as its publisher ships it; empty: download an open set"},
     )
     dataset: str = field(default="ptb_xl", metadata={"help": f"builder: {', '.join(BUILDERS)}"})
-    config_name: str = field(default="100hz", metadata={"help": "configuration of the builder"})
+    config_name: str | None = field(
+        default=None, metadata={"help": "configuration of the builder, its first choice where not given"}
+    )
     cache_dir: str | None = field(default=None, metadata={"help": "where built data sets are kept"})
     num_proc: int = field(default=2, metadata={"help": "processes that read and prepare recordings"})
     max_records: int | None = field(default=None, metadata={"help": "use only the first records of each split"})

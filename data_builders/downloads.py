@@ -26,7 +26,7 @@ ZENODO_URL = "https://zenodo.org"
 MAX_LISTING_BYTES = 2**28  # the longest, of MIMIC-IV-ECG with 1.6 million files, has some 200 MB
 MAX_NAMED = 5  # files named in one message
 
-_SHA256_LINE = re.compile(r"(?P<digest>[0-9a-f]{64})[ ][ *](?P<path>.+)")
+_SHA256_LINE = re.compile(r"(?P<digest>[0-9a-f]{64}) [ *]?(?P<path>\S.*)")
 _CHUNK_BYTES = 2**20
 
 
