@@ -64,8 +64,10 @@ class Upload:
         """Refuse what must not go out.
 
         Raises:
-            PublishError: a secret, or a trace of this machine; file and place are named.
+            PublishError: a secret, or a trace of this machine; file and place are named. Or no name of a repository.
         """
+        if not all(self.repo_id.partition("/")) or self.repo_id.count("/") > 1:
+            raise PublishError(f"{self.repo_id!r} is not a name of a repository; it is OWNER/NAME")
         leaks = list(find_leaks(self.files, get_token()))
         if leaks:
             more = f"; and {len(leaks) - MAX_LEAKS} more" if len(leaks) > MAX_LEAKS else ""

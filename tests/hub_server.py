@@ -106,7 +106,7 @@ class Hub(ThreadingHTTPServer):
     Attributes:
         tokens: token to the user it is of; a user whose name begins with "reader" may not write.
         requests: "METHOD path" of all requests.
-        stall: where set, a LFS upload waits before its last byte until the client is gone: time to kill it.
+        stall: where set, a request whose path ends so waits for its last byte until the client is gone.
     """
 
     daemon_threads = True
@@ -195,7 +195,7 @@ class Handler(BaseHTTPRequestHandler):
             self.rfile.readline()
             return b"".join(chunks)
         size = int(self.headers.get("Content-Length", 0))
-        if self.server.stall and self.server.stall in self.path and size:
+        if self.server.stall and self.path.endswith(self.server.stall) and size:
             self.rfile.read(size - 1)
             self.server.stalled.set()
             self.rfile.read(1)  # comes, or the client is dead

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -264,6 +266,16 @@ def test_a_trace_in_the_training_arguments_is_refused(model: Path) -> None:
 def test_what_this_project_publishes_holds_no_trace() -> None:
     space_upload(ROOT, "me/page", str(ROOT / "hub" / "model")).check()
     model_upload(ROOT / "hub" / "model", "me/model").check()
+
+
+def test_help_comes_without_loading_a_library() -> None:
+    code = (
+        "import sys\nfrom modeling_ecgmoe.cli import main\n"
+        "try:\n    main(['publish', 'dataset', '--help'])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "assert not {'huggingface_hub', 'torch', 'numpy', 'datasets'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "--dry_run" in done.stdout
 
 
 # A data set

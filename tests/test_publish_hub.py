@@ -188,7 +188,8 @@ def test_a_public_repository_is_not_taken_for_private(hub: Hub, client: Client, 
         ("hf_stale", "me/new", "the Hub does not accept your token (401)"),
         ("hf_reader", "reader/new", "your token may not write to reader/new (403)"),
         ("hf_writer", "other/new", "your token may not write to other/new (403)"),
-        ("hf_writer", "me/new/one", "'me/new/one' is not a name of a repository"),
+        ("hf_writer", "me/new/one", "'me/new/one' is not a name of a repository; it is OWNER/NAME"),
+        ("hf_writer", "new", "'new' is not a name of a repository; it is OWNER/NAME"),
     ],
 )
 def test_those_who_may_not_are_told_in_one_line_what_to_do(
@@ -271,8 +272,8 @@ def test_after_a_kill_the_same_command_goes_on_and_sends_nothing_twice(hub: Hub,
     command = [sys.executable, "-m", "modeling_ecgmoe.cli", "publish", "space", "--repo_id", "me/killed"]
     command += ["--model", str(model), "--source", str(ROOT)]
     environment = client_environment(hub.url, tmp_path) | {"HF_TOKEN": "hf_writer", "PYTHONPATH": str(ROOT)}
-    first_part_of_the_model = "/2"
-    hub.stall, _ = first_part_of_the_model, hub.stalled.clear()
+    hub.stalled.clear()
+    hub.stall = "/2"  # the second part of the weights
     running = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert hub.stalled.wait(60), "the upload never came that far"
     arrived = wait_for_small_objects(hub)
@@ -333,7 +334,7 @@ def test_a_data_set_built_again_makes_no_commit(hub: Hub, client: Client, publis
 def test_shards_that_are_no_part_of_it_any_more_go_in_the_same_commit(
     hub: Hub, client: Client, published_data: list[str]
 ) -> None:
-    done = client("ecgmoe", *published_data[:-3], "--config", "100hz", "--repo_id", "me/fewer")
+    client("ecgmoe", *published_data[:-3], "--config", "100hz", "--repo_id", "me/fewer")
     assert len(hub.commits_of("datasets", "me/fewer")) == 1
     done = client("ecgmoe", *published_data[:6], "--config", "100hz", "--repo_id", "me/fewer")
     assert len(hub.commits_of("datasets", "me/fewer")) == 2
@@ -367,6 +368,7 @@ runpy.run_path("app.py", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_the_uploaded_web_page_starts_by_itself_and_answers(
     hub: Hub, client: Client, model: Path, tmp_path: Path
 ) -> None:
