@@ -1,5 +1,4 @@
-"""The command line. `ecgmoe predict` reads ECG files and answers every task for each of them; `ecgmoe embed` gives
-their embeddings; `ecgmoe export` writes the model for other runtimes.
+"""The command line: `ecgmoe predict` answers, `embed` gives embeddings, `export` serves other runtimes, `publish` shares.
 
 Nothing heavy is imported before the arguments are understood, so that `--help` and mistakes answer at once.
 """
@@ -9,6 +8,7 @@ import contextlib
 import math
 import os
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,6 +31,7 @@ from .answer_files import (
 if TYPE_CHECKING:
     from .adapters import MultiTask
     from .prediction import FileFacts
+    from .upload import Upload
 
 EXIT_OK, EXIT_SOME_FAILED, EXIT_REFUSED, EXIT_INTERRUPTED, EXIT_BROKEN_PIPE = 0, 1, 2, 130, 141
 
@@ -75,6 +76,21 @@ Needs the extra `onnx` for --format onnx: pip install 'ecg-moe[onnx]'.
 Nothing is left in --out where an answer differs by more than 1e-4 from PyTorch.
 
 Exit status: 0 written and checked, 2 refused, with the reason on stderr."""
+PUBLISHED = {
+    "model": "a model with its code and its page",
+    "adapter": "the adapter of a task, bound to a published model",
+    "dataset": "a data set as Parquet with its page",
+    "space": "the web page with all it runs on",
+}
+HELP_PUBLISH = """\
+Put a model, an adapter, a data set or the web page on the Hugging Face Hub, in one commit.
+
+The page is filled from what was measured. Files that hold a secret, a path or the name of this machine are refused,
+and file and line are named. What is there already is not sent again: a second call changes nothing, and after an
+interruption the same command goes on. Log in with `hf auth login`, or set HF_TOKEN."""
+EPILOG_PUBLISH = """\
+`ecgmoe publish WHAT --help` shows the arguments of each.
+Exit status: 0 published, or nothing to change; 2 refused, with reason and way out on stderr; 130 interrupted."""
 
 
 def load_model(model: str | None, tasks: Sequence[str] | None) -> "MultiTask":
@@ -242,6 +258,77 @@ def export(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
+def publish(args: argparse.Namespace) -> int:
+    """`ecgmoe publish`; returns the exit status."""
+    from .upload import PublishError, send
+
+    with contextlib.ExitStack() as stack:
+        try:
+            upload = dataset_to_publish(args, stack) if args.kind == "dataset" else _to_publish(args)
+            if args.dry_run:
+                upload.check()
+                print(f"{upload.url} would hold", *upload.tree(), "", upload.page(), sep="\n")
+            else:
+                sdk = "gradio" if args.kind == "space" else None
+                done = send(upload, args.private, f"Publish this {args.kind} with ecgmoe", sdk)
+        except PublishError as error:
+            raise CommandError(str(error)) from error
+    for name in upload.left_out:
+        print(f"ecgmoe: not published, since it is no part of it: {name}", file=sys.stderr)
+    if not args.dry_run:
+        for remark in done.remarks:
+            print(f"ecgmoe: the Hub remarks: {remark}", file=sys.stderr)
+        for path in done.removed:
+            print(f"ecgmoe: taken away, since it is no part of it any more: {path}", file=sys.stderr)
+        count = len(done.changed) + len(done.removed)
+        print(done.url, f"{count} files in commit {done.commit}" if count else f"nothing changed since {done.commit}")
+    return EXIT_OK
+
+
+def _to_publish(args: argparse.Namespace) -> "Upload":
+    """The model, the adapter or the web page that the arguments name."""
+    from . import publish
+    from .adapter_card import BASE_MODEL
+
+    if args.kind == "model":
+        return publish.model_upload(args.folder, args.repo_id)
+    if args.kind == "adapter":
+        base, revision = args.base or BASE_MODEL, args.base_revision
+        if not args.dry_run:  # which asks nobody
+            revision = publish.pinned_base(args.folder, base, revision)
+        return publish.adapter_upload(args.folder, args.repo_id, base, revision)
+    source = args.source or Path(__file__).resolve().parent.parent
+    return publish.space_upload(source, args.repo_id, args.model or str(source / "hub" / "model"))
+
+
+def dataset_to_publish(args: argparse.Namespace, stack: contextlib.ExitStack) -> "Upload":
+    """The data set that the arguments name, built where it is not yet; its shards last as long as the stack.
+
+    The only place of this package that knows the builders, which not everyone has installed.
+    """
+    try:
+        import datasets
+
+        from data_builders import find_builder
+    except ModuleNotFoundError as error:
+        raise CommandError(f"{error.name} is not installed; pip install 'ecg-moe[data]'") from error
+    from .publish_dataset import check_access, dataset_upload
+
+    try:
+        found = find_builder(args.name)
+        check_access(found.FACTS)
+        names = args.config or [found.DEFAULT_CONFIG_NAME or c.name for c in found.BUILDER_CONFIGS]
+        configs = {}
+        for name in dict.fromkeys(names):
+            builder = found(config_name=name, data_dir=args.data_dir, cache_dir=args.cache_dir)
+            builder.download_and_prepare(num_proc=args.num_proc)
+            configs[name] = builder.as_dataset()
+    except (ConnectionError, FileNotFoundError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise CommandError(" ".join(str(error).split())) from error
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="ecgmoe-", dir=args.cache_dir))
+    return dataset_upload(configs, found.FACTS, args.repo_id, Path(folder), args.shard_mb * 1_000_000)
+
+
 def _positive(kind: type[int] | type[float]) -> Callable[[str], float]:
     def parse(text: str) -> float:
         value = kind(text)
@@ -260,6 +347,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_predict(commands)
     _add_embed(commands)
     _add_export(commands)
+    _add_publish(commands)
     return parser
 
 
@@ -342,6 +430,37 @@ def _add_export(commands: Any) -> None:
     add("--check", nargs="+", type=Path, metavar="PATH", help="ECG files, and folders of them, to compare on")
     add("--int8", action="store_true", help="write model_int8.onnx too, with 8-bit weights")
     add("--quiet", action="store_true", help="nothing on stdout")
+def _add_publish(commands: Any) -> None:
+    command = commands.add_parser(
+        "publish",
+        help="put a model, an adapter, a data set or the web page on the Hugging Face Hub",
+        description=HELP_PUBLISH,
+        epilog=EPILOG_PUBLISH,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds = command.add_subparsers(required=True, metavar="WHAT", dest="kind")
+    for kind, what in PUBLISHED.items():
+        one = kinds.add_parser(kind, help=what, description=f"Publish {what}, in one commit.")
+        one.set_defaults(run=publish)
+        add = one.add_argument
+        if kind in ("model", "adapter"):
+            add("folder", type=Path, metavar="DIR", help="as save_pretrained or `train.py adapt` left it")
+        if kind == "adapter":
+            add("--base", metavar="ID", help="the published model that it adapts (default: ecg-moe/ecg-moe-base)")
+            add("--base_revision", metavar="REV", help="branch, tag or commit of it (default: the newest commit)")
+        if kind == "dataset":
+            add("name", metavar="NAME", help="a builder of data_builders, such as ptb_xl")
+            add("--data_dir", type=Path, metavar="DIR", help="a copy as the publisher of the data ships it")
+            add("--config", nargs="+", metavar="NAME", help="configurations (default: the builder's default, or all)")
+            add("--cache_dir", type=Path, metavar="DIR", help="where rows and shards are built")
+            add("--num_proc", type=_positive(int), metavar="N", help="processes that build")
+            add("--shard_mb", type=_positive(int), default=500, metavar="N", help="rows in one file (default: 500 MB)")
+        if kind == "space":
+            add("--model", metavar="DIR_OR_ID", help="goes along, or is loaded (default: hub/model of the sources)")
+            add("--source", type=Path, metavar="DIR", help="the source tree (default: the one around this package)")
+        add("--repo_id", required=True, metavar="OWNER/NAME", help="where it goes")
+        add("--private", action="store_true", help="make a new repository private")
+        add("--dry_run", action="store_true", help="show the files and the page, and send nothing")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -353,7 +472,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("ecgmoe:", printable(str(error)), file=sys.stderr)
         return EXIT_REFUSED
     except KeyboardInterrupt:
-        print("ecgmoe: interrupted; with --out, the same command and --resume goes on", file=sys.stderr)
+        again = "with --out, the same command and --resume goes on" if args.run is predict else "run it again to go on"
+        print(f"ecgmoe: interrupted; {again}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # Whoever read stdout has enough. Python flushes it again at exit, which must not fail a second time.

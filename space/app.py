@@ -1,7 +1,7 @@
 """The web page: an ECG file in; the twelve leads on paper, every task's answer, and which expert took which beat out.
 
 `python space/app.py` serves it on 127.0.0.1; GRADIO_SERVER_PORT and GRADIO_SERVER_NAME change where, ECGMOE_MODEL
-names another model than the bundled one.
+names another model than the bundled one, or the one that the header of README.md names.
 """
 
 import os
@@ -14,6 +14,7 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
+from huggingface_hub import metadata_load
 from PIL import Image
 from plotting import PAGE_S, draw_experts, draw_sheet
 
@@ -180,10 +181,16 @@ def build_page(many: MultiTask) -> gr.Blocks:
     return page
 
 
+def own_model() -> str | None:
+    """The model that the header of this Space names, None where it lies beside the page."""
+    models = (metadata_load(HERE / "README.md") or {}).get("models")
+    return models[0] if models else None
+
+
 def main() -> None:
     """Serve the page until interrupted."""
     try:
-        many = load_model(os.environ.get("ECGMOE_MODEL"), None)
+        many = load_model(os.environ.get("ECGMOE_MODEL") or own_model(), None)
     except CommandError as error:
         sys.exit(f"space/app.py: {error}")
     build_page(many).launch(theme=THEME, css=CSS, max_file_size="100mb", footer_links=["api"], show_error=True)

@@ -41,8 +41,8 @@ LAYERS = (
     {"modeling_ecgmoe"},
     {"metrics", "adapter_card", "folding", "stacking", "adapters", "lora"},
     {"record_answers"},
-    {"prediction", "answer_files"},
-    {"pipeline_ecgmoe", "publish", "export_model", "embeddings"},
+    {"prediction", "answer_files", "leaks", "upload", "cards"},
+    {"pipeline_ecgmoe", "publish", "publish_dataset", "export_model", "embeddings"},
     {"cli"},
 )
 LAYER_OF = {name: index for index, layer in enumerate(LAYERS) for name in layer}
@@ -192,7 +192,13 @@ def test_no_file_of_the_model_imports_itself_by_a_detour() -> None:
 
 
 def test_the_model_does_not_know_the_data_builders() -> None:
-    wrong = [name for name, path in model_files().items() for item in imports_of(path) if item.top == "data_builders"]
+    # The command line may ask for a builder by name, when it is told to.
+    wrong = [
+        name
+        for name, path in model_files().items()
+        for item in imports_of(path)
+        if item.top == "data_builders" and not (name == "cli" and item.is_deferred)
+    ]
     assert wrong == []
 
 

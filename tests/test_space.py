@@ -214,6 +214,15 @@ def test_the_space_asks_for_the_versions_that_were_tested() -> None:
     assert {name: tested[name] for name in asked} == asked
 
 
+def test_a_space_opens_the_model_that_its_header_names(
+    app: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert app.own_model() is None
+    monkeypatch.setattr(app, "HERE", tmp_path)
+    (tmp_path / "README.md").write_text("---\nsdk: gradio\nmodels:\n- me/tiny\n---\n")
+    assert app.own_model() == "me/tiny"
+
+
 def test_the_header_of_the_space_fits_the_source_tree() -> None:
     _, header, _ = (SPACE / "README.md").read_text("utf-8").split("---\n", 2)
     fields = yaml.safe_load(header)
