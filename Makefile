@@ -44,6 +44,7 @@ quality: .venv/installed-test ## style and types, changing nothing
 
 tables: .venv/installed-test ## write the README's result tables from benchmarks/results
 	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python -m benchmarks.cards
 
 hub: ## copy the model's code beside its published weights
 	@for file in hub/model/*.py; do cp modeling_ecgmoe/$$(basename $$file) $$file; done

@@ -19,7 +19,8 @@ from PIL import Image
 from plotting import PAGE_S, draw_experts, draw_sheet
 
 from modeling_ecgmoe.adapters import MultiTask
-from modeling_ecgmoe.cli import CommandError, load_model
+from modeling_ecgmoe.answer_files import CommandError
+from modeling_ecgmoe.commands import load_model
 from modeling_ecgmoe.ecg_files import Ecg, find_ecgs
 from modeling_ecgmoe.feature_extraction_ecgmoe import Prepared
 from modeling_ecgmoe.leads import arrange_leads

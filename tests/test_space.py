@@ -18,7 +18,7 @@ from tiny_model import TINY_TASKS, save_tiny_model
 
 from data_builders.synthetic import SyntheticEcg, synthetic_ecg, write_wfdb
 from modeling_ecgmoe.adapters import MultiTask
-from modeling_ecgmoe.cli import load_model
+from modeling_ecgmoe.commands import load_model
 from modeling_ecgmoe.ecg_files import Ecg
 from modeling_ecgmoe.leads import LEADS
 from modeling_ecgmoe.prediction import FileFacts, predict_record

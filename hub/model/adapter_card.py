@@ -13,7 +13,7 @@ from scipy.optimize import minimize_scalar
 from .tasks import TASKS, Task
 
 CARD_FILE = "task.json"
-# What adapters call their base; the fingerprint in their card is what is checked.
+# What adapters call their base until they are published; the fingerprint in their card is what is checked.
 BASE_MODEL = "ecg-moe/ecg-moe-base"
 ABBREVIATIONS = ("auprc", "auroc", "ece", "mae", "rmse")
 
@@ -94,7 +94,7 @@ class AdapterCard:
             *self._figures(),
             "\n```python",
             "from modeling_ecgmoe.adapters import MultiTask\n",
-            f'model = MultiTask.from_pretrained("{base_model}", tasks=["{task.name}"])',
+            f'model = MultiTask.from_pretrained("{base_model}", tasks=["{base_model}-{task.name}"])',
             "```\n",
             "Research software, not a medical device: its answers must not guide the care of a patient.",
         ]
