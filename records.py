@@ -52,7 +52,9 @@ class DataArguments:
         metadata={"help": "folder as its publisher ships it; empty: download an open set"},
     )
     dataset: str = field(default="ptb_xl", metadata={"help": f"builder: {', '.join(BUILDERS)}"})
-    config_name: str = field(default="100hz", metadata={"help": "configuration of the builder"})
+    config_name: str | None = field(
+        default=None, metadata={"help": "configuration of the builder, its first choice where not given"}
+    )
     cache_dir: str | None = field(default=None, metadata={"help": "where built data sets are kept"})
     num_proc: int = field(default=2, metadata={"help": "processes that read and prepare recordings"})
     max_records: int | None = field(default=None, metadata={"help": "use only the first records of each split"})
@@ -223,7 +225,9 @@ def load_split(arguments: DataArguments, split: str) -> datasets.Dataset:
     rows = builder.as_dataset(split)
     if arguments.max_records is not None:
         rows = rows.select(range(min(arguments.max_records, len(rows))))
-    return rows if arguments.csv else add_rr_interval(rows, num_proc=arguments.num_proc if len(rows) > 1000 else None)
+    if arguments.csv or "rr_interval_ms" in rows.column_names:  # from the annotations of a set that has them
+        return rows
+    return add_rr_interval(rows, num_proc=arguments.num_proc if len(rows) > 1000 else None)
 
 
 # -------------------------------------------------------------------------------------------------------- augmentation

@@ -9,6 +9,11 @@ if TYPE_CHECKING:
 # Name to file and class; a file is imported when its data set is asked for.
 BUILDERS = {
     "ptb_xl": "PtbXl",
+    "cinc2021": "Cinc2021",
+    "cinc2017": "Cinc2017",
+    "mitdb": "Mitdb",
+    "ludb": "Ludb",
+    "code15": "Code15",
 }
 
 

@@ -22,7 +22,7 @@ from data_builders.downloads import PHYSIONET_URL, ZENODO_URL, fetch, list_physi
 from data_builders.schema import ecg_features
 from data_builders.splits import check_no_patient_crosses
 from modeling_ecgmoe import leads
-from modeling_ecgmoe.ecg_files import EcgFileError
+from modeling_ecgmoe.ecg_files import Ecg, EcgFileError
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,7 @@ MAX_LISTED = 20  # records named in one log line
 SKIPPED_FILE = "skipped_records.jsonl"  # beside the built rows
 URL_VARIABLES = {"physionet": "ECGMOE_PHYSIONET_URL", "zenodo": "ECGMOE_ZENODO_URL"}
 _URLS = {"physionet": PHYSIONET_URL, "zenodo": ZENODO_URL}
+_BATCH_BYTES = 2**24  # of signal, kept in memory by each writing process
 # The files of `modeling_ecgmoe` that have a part in a row.
 _READING_CODE = ("leads.py", "tasks.py", "*_files.py")
 
@@ -80,7 +81,7 @@ class Facts:
     def how_to_get(self) -> str:
         """What a user without a copy has to do."""
         if self.host == "zenodo":
-            command = f"pip install zenodo_get && zenodo_get {self.project} -o {self.project}"
+            command = f"pip install zenodo_get && zenodo_get {self.project} -o {self.project}  # and unpack the zips"
         else:
             login = " --user YOUR_NAME --ask-password" if self.access != "open" else ""
             command = (
@@ -93,7 +94,7 @@ class Facts:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class RecordEntry:
     """One record of the listing.
 
@@ -141,7 +142,6 @@ class EcgBuilder(datasets.GeneratorBasedBuilder):
 
     FACTS: ClassVar[Facts]
     SPLITS: ClassVar[tuple[str, ...]] = ("train", "validation", "test")  # in this order, as far as they have records
-    DEFAULT_WRITER_BATCH_SIZE = 250
 
     def __init__(
         self, *args: Any, data_dir: str | Path | None = None, base_url: str | None = None, **kwargs: Any
@@ -156,6 +156,8 @@ class EcgBuilder(datasets.GeneratorBasedBuilder):
         # The state of folder and code is part of the cache's name: no older build hides what was completed or mended.
         kwargs.setdefault("hash", self._fingerprint(None if data_dir is None else self.folder))
         super().__init__(*args, data_dir=None if data_dir is None else str(data_dir), **kwargs)
+        if not kwargs.get("writer_batch_size"):
+            self._writer_batch_size = self._rows_in_a_batch()
 
     # What a builder has of its own
 
@@ -181,7 +183,7 @@ class EcgBuilder(datasets.GeneratorBasedBuilder):
         raise NotImplementedError
 
     def read_record(self, entry: RecordEntry) -> Iterator[dict[str, Any]]:
-        """The rows of a record; `record_id` must differ between them.
+        """The rows of a record, without the columns that are null; `record_id` must differ between them.
 
         Raises:
             EcgFileError, FileNotFoundError: it is broken; it is skipped, the others are not.
@@ -243,11 +245,11 @@ class EcgBuilder(datasets.GeneratorBasedBuilder):
         return generators
 
     def _generate_examples(self, records: list[RecordEntry]) -> Iterator[tuple[str, dict[str, Any]]]:
-        broken = []
+        nulls, broken = dict.fromkeys(self.info.features), []
         for entry in records:
             try:
                 for row in self.read_record(entry):
-                    yield row["record_id"], row
+                    yield row["record_id"], nulls | row
             except (EcgFileError, FileNotFoundError) as error:
                 broken.append(SkippedRecord(entry.record_id, entry.split, str(error)))
         if broken:
@@ -277,14 +279,18 @@ class EcgBuilder(datasets.GeneratorBasedBuilder):
             )
         num_missing = len(self._missing)
         self.info.description = (
-            f"{self.info.description} This build has {num_rows:,} rows; left out were {num_missing:,} records whose "
-            f"files are missing and {len(skipped) - num_missing:,} broken ones."
+            f"{self._info().description} This build has {num_rows:,} rows; left out were {num_missing:,} records "
+            f"whose files are missing and {len(skipped) - num_missing:,} broken ones."
         )
 
     def skipped_records(self) -> list[SkippedRecord]:
         """The records that the last build left out, in this process or an earlier one; empty before any build."""
         path = posixpath.join(self._output_dir, SKIPPED_FILE)
         return _read_skipped(self._fs, path) if self._fs.exists(path) else []
+
+    def _rows_in_a_batch(self) -> int:
+        shape = self.signal_shape()
+        return 8 if shape is None else max(1, min(250, _BATCH_BYTES // (4 * shape[0] * shape[1])))
 
     def _write_skipped(self, name: str, skipped: list[SkippedRecord]) -> None:
         with self._fs.open(posixpath.join(self._output_dir, name), "w", encoding="utf-8") as file:
@@ -342,6 +348,21 @@ def _code_files() -> list[Path]:
     own, reading = Path(__file__).parent, Path(leads.__file__).parent
     patterns = [(own, "*.py"), (own, "*.csv"), *((reading, name) for name in _READING_CODE)]
     return [path for folder, pattern in patterns for path in sorted(folder.glob(pattern))]
+
+
+def find_headers(folder: Path) -> list[str]:
+    """The WFDB records in a folder and all below it: their paths without suffix, relative, with "/", sorted."""
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
+        relative = Path(parent).relative_to(folder)
+        found += [(relative / name[:-4]).as_posix() for name in sorted(names) if name.endswith(".hea")]
+    return found
+
+
+def signal_columns(ecg: Ecg) -> dict[str, Any]:
+    """The columns of a row that a file gives."""
+    return {"signal": ecg.signal, "sampling_rate": ecg.sampling_rate, "lead_names": list(ecg.lead_names)}
 
 
 def _read_skipped(files: Any, path: str) -> list[SkippedRecord]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import datasets
 
-from data_builders.ecg_builder import EcgBuilder, Facts, RecordEntry
+from data_builders.ecg_builder import EcgBuilder, Facts, RecordEntry, signal_columns
 from modeling_ecgmoe.ecg_files import EcgFileError, read_ecg
 from modeling_ecgmoe.tasks import SUPERCLASSES
 
@@ -147,9 +147,7 @@ class PtbXl(EcgBuilder):
             raise EcgFileError(f"expected shape {self.signal_shape()}, found {ecg.signal.shape}")
         yield {
             "record_id": entry.record_id,
-            "signal": ecg.signal,
-            "sampling_rate": ecg.sampling_rate,
-            "lead_names": list(ecg.lead_names),
+            **signal_columns(ecg),
             **describe(entry.facts, self.groups),
         }
 

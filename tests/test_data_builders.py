@@ -310,6 +310,12 @@ def test_one_lead_is_enough(lead: str) -> None:
     assert rr_interval_ms(ecg.signal[[LEADS.index(lead)]], 250, [lead]) == pytest.approx(1000, abs=3)
 
 
+def test_padding_at_the_edges_changes_nothing() -> None:
+    signal = synthetic_ecg(rate_bpm=75, sampling_rate=100, noise_mv=0.01).ecg.signal
+    padded = np.pad(signal, ((0, 0), (300, 200)), constant_values=np.nan)
+    assert rr_interval_ms(padded, 100, LEADS) == rr_interval_ms(signal, 100, LEADS)
+
+
 @pytest.mark.parametrize("kind", ["flat", "noise", "missing"])
 def test_no_heart_beat_gives_no_interval(kind: str) -> None:
     signal = {

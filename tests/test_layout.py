@@ -45,7 +45,7 @@ LAYERS = (
     {"cli"},
 )
 LAYER_OF = {name: index for index, layer in enumerate(LAYERS) for name in layer}
-OPEN_TO_BUILDERS = {"leads", "tasks", "ecg_files", "beats"}
+OPEN_TO_BUILDERS = {"leads", "tasks", "wfdb_files", "ecg_files", "beats"}
 
 # Where the Hub starts to copy custom code, and what this code may count on. huggingface-hub comes with transformers.
 HUB_ENTRIES = ("modeling_ecgmoe", "configuration_ecgmoe", "feature_extraction_ecgmoe", "pipeline_ecgmoe")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import tables
+from data_builders import BUILDERS
 
 
 def measured(metric: str, value: float, **more: object) -> dict:
@@ -88,6 +89,17 @@ def test_the_table_says_where_its_numbers_come_from() -> None:
         "torch 2.13.0",
     ):
         assert fact in origin
+
+
+def test_the_table_of_data_sets_has_a_row_for_each_builder_with_its_official_numbers(readme: Path) -> None:
+    readme.write_text("<!-- table:data_sets -->\n<!-- /table -->\n")
+    assert run(readme) == 0
+    title, _, *rows = cells(readme.read_text())
+    assert title[:10] == [
+        "set", "records", "patients", "Hz", "leads", "length", "labels", "licence", "access", "command",
+    ]  # fmt: skip
+    assert [row[9] for row in rows] == [f'`find_builder("{name}")`' for name in BUILDERS]
+    assert rows[0][1:4] == ["21,799", "18,869", "500, 100"]
 
 
 def test_tables_are_written_between_their_markers_and_nothing_else_changes(readme: Path) -> None:
