@@ -179,9 +179,9 @@ def check_labels(task: Task, data: DataArguments, records: dict[str, Records]) -
 def describe_data(task: Task, data: DataArguments, records: dict[str, Records]) -> str:
     """What an adapter was trained on, for its card."""
     if not data.csv:
-        if data.dataset == "ptb_xl":
-            return "PTB-XL 1.0.3, folds 1-8, " + data.config_name.replace("hz", " Hz")
-        return f"{data.dataset}, {data.config_name}, its training split"
+        configuration = data.config_name or "its first configuration"
+        known = {"ptb_xl": "PTB-XL 1.0.3, folds 1-8, " + (data.config_name or "100hz").replace("hz", " Hz")}
+        return known.get(data.dataset, f"{data.dataset}, {configuration}, training split")
     parts = []
     for split, split_records in records.items():
         labelled = int(torch.isfinite(split_records.labels[task.name]).all(dim=1).sum())

@@ -2,6 +2,7 @@
 
     accelerate launch train.py pretrain --data_dir ptb-xl --output_dir runs/base
     accelerate launch train.py adapt --task age --model runs/base/model --data_dir ptb-xl --output_dir runs/age
+    accelerate launch train.py adapt --task low_ef --csv labels.csv --model hub/model --output_dir hub/adapters
     python train.py evaluate --model hub/model --data_dir ptb-xl --out benchmarks/results/quality_fold9.json
 
 One JSON file may replace the arguments: `train.py pretrain benchmarks/configs/pretrain.json`. The resolved arguments

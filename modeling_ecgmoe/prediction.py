@@ -1,4 +1,4 @@
-"""From ECG files to output lines: what the command line and the Space share. A line is told in `record_answers`."""
+"""From ECG files to output lines: what the command line and the Space share. For a line see `record_answers`."""
 
 from collections import deque
 from collections.abc import Generator, Iterable

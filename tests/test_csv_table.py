@@ -4,6 +4,7 @@ import csv
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -292,7 +293,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def words(own: Path, hub: Path, **changes: Any) -> list[str]:
     values = {
         "csv": own / "labels.csv", "patient_column": "patient", "split_column": "split", "cache_dir": own / "cache",
-        "num_proc": 1, "model": hub, "output_dir": hub.parent / "adapters", "max_steps": 3, "batch_size": 8,
+        "num_proc": 1, "model": hub, "output_dir": hub.parent / "adapters",
+        "epochs": 1, "min_steps": 3, "batch_size": 8,
     }  # fmt: skip
     merged = {name: value for name, value in (values | changes).items() if value is not None}
     return [word for name, value in merged.items() for word in (f"--{name}", str(value))]
@@ -320,6 +322,12 @@ def test_the_program_says_what_it_takes_the_labels_for_and_what_it_leaves_out(ad
     assert "labels.csv, train: 2 of 15 files cannot be read and are left out" in said
     assert "flat: all leads are flat" in said
     assert "task ef, train: 1 of 12 recordings have no label and do not count" in said
+
+
+def test_a_small_table_is_passed_until_enough_steps_are_done(adapted: tuple[Path, str]) -> None:
+    # 12 recordings are one batch of 8: three steps are three passes, and the metric is taken before and after each.
+    (course,) = re.findall(r"grade: macro_auroc on validation by epoch \[(.*?)\]", adapted[1])
+    assert len(course.split(",")) == 4
 
 
 def test_the_adapter_says_all_that_its_answers_need(adapted: tuple[Path, str]) -> None:
@@ -392,7 +400,7 @@ def test_an_adapter_is_evaluated_on_the_test_split_of_the_table(
     adapted: tuple[Path, str], own: Path, tmp_path: Path
 ) -> None:
     hub, _ = adapted
-    options: Row = dict.fromkeys(("output_dir", "max_steps", "batch_size"))
+    options: Row = dict.fromkeys(("output_dir", "epochs", "min_steps", "batch_size"))
     options |= {"split": "test", "out": tmp_path / "r.json", "resamples": 20}
     train.main(["evaluate", "--task", "ef", *words(own, hub, **options)])
     result = json.loads((tmp_path / "r.json").read_text())["ef"]
