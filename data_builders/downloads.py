@@ -13,7 +13,7 @@ import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote
@@ -49,14 +49,16 @@ def list_physionet(manager: datasets.DownloadManager, slug: str, version: str, b
     """
     folder = f"{base_url.rstrip('/')}/files/{slug}/{version}"
     url = f"{folder}/SHA256SUMS.txt"
-    files = []
-    for line in _read_listing(manager, url).splitlines():
-        match = _SHA256_LINE.fullmatch(line)
-        if match is None:
-            raise ValueError(f"{url} must list 'digest  path' in every line, found {line[:100]!r}")
-        path = _plain(match["path"], url)
-        files.append(PublishedFile(path, f"{folder}/{quote(path)}", "sha256", match["digest"]))
-    return files
+
+    def parse(text: str) -> Iterator[PublishedFile]:
+        for line in text.splitlines():
+            match = _SHA256_LINE.fullmatch(line)
+            if match is None:
+                raise ValueError(f"expected 'digest  path' in every line, found {line[:100]!r}")
+            path = _plain(match["path"])
+            yield PublishedFile(path, f"{folder}/{quote(path)}", "sha256", match["digest"])
+
+    return _read_listing(manager, url, parse)
 
 
 def list_zenodo(manager: datasets.DownloadManager, record: str, base_url: str) -> list[PublishedFile]:
@@ -67,18 +69,16 @@ def list_zenodo(manager: datasets.DownloadManager, record: str, base_url: str) -
         ValueError: it is not one.
     """
     base_url = base_url.rstrip("/")
-    url = f"{base_url}/api/records/{record}"
-    files = []
-    try:
-        for file in json.loads(_read_listing(manager, url))["files"]:
+
+    def parse(text: str) -> Iterator[PublishedFile]:
+        for file in json.loads(text)["files"]:
             algorithm, _, digest = file["checksum"].partition(":")
             if algorithm not in ("md5", "sha256"):
                 raise ValueError(f"unknown digest {algorithm!r}")
-            path = _plain(file["key"], url)
-            files.append(PublishedFile(path, f"{base_url}/records/{record}/files/{quote(path)}", algorithm, digest))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{url} is not the listing of a Zenodo record: {error!r}") from error
-    return files
+            path = _plain(file["key"])
+            yield PublishedFile(path, f"{base_url}/records/{record}/files/{quote(path)}", algorithm, digest)
+
+    return _read_listing(manager, f"{base_url}/api/records/{record}", parse)
 
 
 def fetch(manager: datasets.DownloadManager, files: Iterable[PublishedFile], folder: Path) -> None:
@@ -134,11 +134,17 @@ def extract_member(archive: Path, member: str, folder: Path, max_bytes: int) -> 
     return target
 
 
-def _read_listing(manager: datasets.DownloadManager, url: str) -> str:
+def _read_listing(
+    manager: datasets.DownloadManager, url: str, parse: Callable[[str], Iterator[PublishedFile]]
+) -> list[PublishedFile]:
     (path,) = _download(manager, [url])
-    if os.path.getsize(path) > MAX_LISTING_BYTES:
-        raise ValueError(f"{url} is longer than {MAX_LISTING_BYTES} bytes; this is not a list of files")
-    return Path(path).read_text(encoding="utf-8")
+    try:
+        if os.path.getsize(path) > MAX_LISTING_BYTES:
+            raise ValueError(f"it is longer than {MAX_LISTING_BYTES} bytes")
+        return list(parse(Path(path).read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        os.remove(path)  # or the next try would find it in the cache
+        raise ValueError(f"{url} is not a listing of files that can be believed: {error!r}") from error
 
 
 def _download(manager: datasets.DownloadManager, urls: list[str]) -> list[str]:
@@ -153,11 +159,11 @@ def _download(manager: datasets.DownloadManager, urls: list[str]) -> list[str]:
         ) from error
 
 
-def _plain(path: str, url: str) -> str:
+def _plain(path: str) -> str:
     """A path of a listing, which must stay inside its folder."""
     parts = PurePosixPath(path).parts
     if not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in parts[0] or "\0" in path:
-        raise ValueError(f"{url} lists {path[:100]!r}, outside its own folder")
+        raise ValueError(f"it lists {path[:100]!r}, outside its own folder")
     return path
 
 

@@ -279,8 +279,8 @@ class EcgBuilder(datasets.GeneratorBasedBuilder):
             )
         num_missing = len(self._missing)
         self.info.description = (
-            f"{self.info.description} This build has {num_rows:,} rows; left out were {num_missing:,} records whose "
-            f"files are missing and {len(skipped) - num_missing:,} broken ones."
+            f"{self._info().description} This build has {num_rows:,} rows; left out were {num_missing:,} records "
+            f"whose files are missing and {len(skipped) - num_missing:,} broken ones."
         )
 
     def skipped_records(self) -> list[SkippedRecord]:

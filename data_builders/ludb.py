@@ -161,7 +161,8 @@ def to_millivolts(record: WfdbRecord) -> tuple[np.ndarray, bool]:
     gains = np.array([[line.gain] for line in record.header.signals])
     baselines = np.array([[line.baseline] for line in record.header.signals])
     counts = np.round(record.signal * gains + baselines)
-    if not np.array_equal(np.ptp(counts, axis=1, keepdims=True), gains):
+    swings = np.fmax.reduce(counts, axis=1, keepdims=True) - np.fmin.reduce(counts, axis=1, keepdims=True)
+    if not np.array_equal(swings, gains):
         return record.signal, True
     return (counts / 1000.0).astype(np.float32), False
 

@@ -22,7 +22,7 @@ from modeling_ecgmoe.leads import LEADS, find_lead
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1  # part of the cache's key: raise it with every change of the outcome
+VERSION = 2  # part of the cache's key: raise it with every change of the outcome
 # The order in which leads are tried; in the first four the QRS complex is mostly tall and narrow.
 PREFERRED_LEADS = ("II", "V5", "V2", "I", *(lead for lead in LEADS if lead not in ("II", "V5", "V2", "I")))
 MAX_LEADS_TRIED = 4
@@ -48,6 +48,9 @@ def rr_interval_ms(signal: np.ndarray, sampling_rate: float, lead_names: Sequenc
         milliseconds between the first and the last agreed beat, divided by the number of intervals; NaN where the
         detectors agree on none of the leads.
     """
+    recorded = np.flatnonzero(np.isfinite(signal).any(axis=0))
+    if recorded.size:  # what was padded at the edges does not count
+        signal = signal[:, recorded[0] : recorded[-1] + 1]
     rows = {find_lead(name): row for name, row in zip(lead_names, signal, strict=True)}
     usable = [rows[lead] for lead in PREFERRED_LEADS if lead in rows and _is_usable(rows[lead])]
     duration_s = signal.shape[1] / sampling_rate

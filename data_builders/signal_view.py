@@ -5,10 +5,10 @@ equal length lie in the file one behind the other, so numpy can read them where 
 """
 
 from bisect import bisect_right
+from typing import Any
 
 import datasets
 import numpy as np
-import pyarrow as pa
 
 
 class SignalView:
@@ -54,7 +54,7 @@ class SignalView:
         chunk = bisect_right(self._ends, row)
         return self._chunks[chunk][row - self._ends[chunk]]
 
-    def _as_array(self, chunk: pa.ExtensionArray) -> np.ndarray:
+    def _as_array(self, chunk: Any) -> np.ndarray:
         """The values of a chunk where they lie, (rows, leads, samples)."""
         storage = chunk.storage
         if storage.null_count:

@@ -1,4 +1,4 @@
-"""The builders of all sets but PTB-XL: each on a miniature in its publisher's layout, and on real records."""
+"""The builders of all sets: each on a miniature in its publisher's layout, and on real records."""
 
 import logging
 import re
@@ -17,6 +17,7 @@ from data_builders.cinc2021 import DIAGNOSES, SOURCES, find_source
 from data_builders.code15 import without_padding
 from data_builders.ecg_builder import find_headers
 from data_builders.mitdb import DS1, DS2, PACED
+from data_builders.ptb_xl import PtbXl, describe, read_records, read_statement_groups
 from data_builders.signal_view import SignalView
 from data_builders.splits import check_no_patient_crosses
 from modeling_ecgmoe.ecg_files import EcgFileError
@@ -168,6 +169,25 @@ def test_real_records_build(test_data: Path, real_cache: Path, name: str) -> Non
     dataset = build(name, test_data / folder, real_cache)
     assert sum(len(rows) for rows in dataset.values()) == num_rows
     check_no_patient_crosses({split: list(rows["patient_id"]) for split, rows in dataset.items()})
+
+
+# PTB-XL, whose other tests are in test_data_builders.py
+
+
+def test_folds_1_to_9_have_the_official_numbers_of_records_and_labels(test_data: Path, tmp_path: Path) -> None:
+    folder = test_data / "ptb-xl"
+    rows = read_records(folder)
+    if {row["strat_fold"] for row in rows} != {str(fold) for fold in range(1, 10)}:
+        pytest.skip("the table in ECGMOE_TEST_DATA does not hold folds 1 to 9")
+    groups = read_statement_groups(folder)
+    counts = Counter(name for row in rows for name in describe(row, groups)["superclass"] or ())
+    assert len(rows) == 21_799 - 2_198
+    # PhysioNet's totals less those of fold 10.
+    assert counts == {
+        "NORM": 9_514 - 963, "MI": 5_469 - 550, "STTC": 5_235 - 521, "CD": 4_898 - 496, "HYP": 2_649 - 262,
+    }  # fmt: skip
+    entries = PtbXl(data_dir=folder, cache_dir=str(tmp_path)).list_records(folder)
+    assert Counter(entry.split for entry in entries) == {"train": 17_418, "validation": 2_183}
 
 
 # CinC 2021
