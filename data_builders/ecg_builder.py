@@ -53,7 +53,8 @@ class Facts:
         leads: how many.
         length: of a recording.
         labels: what is known of a recording.
-        access: "open" or "credentialed"; only open sets are downloaded.
+        access: "open", "credentialed", or "open, ..." where the recordings are open and something that belongs to them
+            is not; only open recordings are downloaded.
     """
 
     title: str
@@ -78,12 +79,17 @@ class Facts:
         return f"https://doi.org/{self.doi}"
 
     @property
+    def is_open(self) -> bool:
+        """Whether the recordings can be had without a login."""
+        return self.access.startswith("open")
+
+    @property
     def how_to_get(self) -> str:
         """What a user without a copy has to do."""
         if self.host == "zenodo":
             command = f"pip install zenodo_get && zenodo_get {self.project} -o {self.project}  # and unpack the zips"
         else:
-            login = " --user YOUR_NAME --ask-password" if self.access != "open" else ""
+            login = "" if self.is_open else " --user YOUR_NAME --ask-password"
             command = (
                 f"wget -r -N -c -np -nH --cut-dirs=3 -P {self.project}{login} "
                 f"{PHYSIONET_URL}/files/{self.project}/{self.version}/"
@@ -147,7 +153,7 @@ class EcgBuilder(datasets.GeneratorBasedBuilder):
         self, *args: Any, data_dir: str | Path | None = None, base_url: str | None = None, **kwargs: Any
     ) -> None:
         facts = self.FACTS
-        if data_dir is None and facts.access != "open":
+        if data_dir is None and not facts.is_open:
             raise ValueError(f"data_dir is missing, and {facts.title} needs a login: {facts.how_to_get}")
         self.base_url = base_url or os.environ.get(URL_VARIABLES[facts.host]) or _URLS[facts.host]
         self.folder = Path("") if data_dir is None else Path(data_dir)

@@ -58,7 +58,8 @@ FACTS = Facts(
     sampling_rates=(SAMPLING_RATE,),
     leads="12",
     length="10 s",
-    labels="machine reports and intervals; with MIMIC-IV (credentialed) potassium, age, sex",
+    labels="machine reports and intervals; potassium, age and sex with MIMIC-IV",
+    access="open, labels of MIMIC-IV credentialed",
 )
 
 _STRING, _BOOL, _FLOAT = (datasets.Value(dtype) for dtype in ("string", "bool", "float32"))
@@ -167,11 +168,10 @@ class MimicIvEcg(EcgBuilder):
         return _COLUMNS
 
     def is_wanted(self, path: str) -> bool:
-        first, _, rest = path.partition("/")
-        return first in {f"{name}.csv" for name in TABLES} if not rest else self._is_in_folders(path)
+        return path in {f"{name}.csv" for name in TABLES} or path.startswith(self._prefixes())
 
-    def _is_in_folders(self, path: str) -> bool:
-        return not self.config.folders or path.startswith(tuple(f"files/{name}/" for name in self.config.folders))
+    def _prefixes(self) -> tuple[str, ...]:
+        return tuple(f"files/{name}/" for name in self.config.folders)
 
     @classmethod
     def watched(cls, folder: Path) -> Iterable[Path]:
@@ -189,7 +189,7 @@ class MimicIvEcg(EcgBuilder):
             note = "Without clinical_dir, age, sex, admission and potassium are null."
             logger.warning("%s: %s", FACTS.title, note)
         else:
-            found = ", ".join(f"{number:,} {what}" for what, number in counts.ecgs.items())
+            found = ", ".join(f"{number:,} {what}" for what, number in counts.ecgs.items() if number) or "none"
             passed = ", ".join(f"{number:,} {why}" for why, number in counts.skipped_values.items()) or "none"
             note = f"Labels of all {labels.height:,} ECGs: {found}; potassium values passed over: {passed}."
             logger.info("%s: %s", FACTS.title, note)
@@ -197,7 +197,7 @@ class MimicIvEcg(EcgBuilder):
             labels = labels.filter(pl.col("potassium").is_not_null())
         if self.config.folders:
             labels = labels.filter(
-                pl.any_horizontal(pl.col("path").str.starts_with(f"files/{name}/") for name in self.config.folders)
+                pl.any_horizontal(pl.col("path").str.starts_with(prefix) for prefix in self._prefixes())
             )
         if self._building:
             self.info.description = f"{self.info.description} {note}"
