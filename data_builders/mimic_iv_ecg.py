@@ -199,8 +199,8 @@ class MimicIvEcg(EcgBuilder):
             labels = labels.filter(
                 pl.any_horizontal(pl.col("path").str.starts_with(prefix) for prefix in self._prefixes())
             )
+        self._note = note
         if self._building:
-            self.info.description = f"{self.info.description} {note}"
             # Every process gets a copy of the builder: the labels of 800,035 ECGs stay in a file that they map.
             path = Path(self._output_dir) / LABELS_FILE
             labels.write_ipc_stream(path, compat_level=pl.CompatLevel.oldest())
@@ -219,6 +219,10 @@ class MimicIvEcg(EcgBuilder):
                 labels.select("study_id", "subject_id", "path").iter_rows()
             )
         ]
+
+    def _download_and_prepare(self, *args: Any, **kwargs: Any) -> None:
+        super()._download_and_prepare(*args, **kwargs)
+        self.info.description = f"{self.info.description} {self._note}"
 
     def read_record(self, entry: RecordEntry) -> Iterator[dict[str, Any]]:
         ecg = read_ecg(self.folder / entry.files[0])

@@ -433,7 +433,7 @@ def demo_hosp(test_data: Path) -> Path:
     ],
 )
 def test_labels_of_the_demo_equal_those_of_plain_loops(demo_hosp: Path, tmp_path: Path, rule: PotassiumRule) -> None:
-    ecgs = ecgs_around(demo_hosp, every=3)
+    ecgs = ecgs_around(demo_hosp, every=5)
     write_ecg_tables(tmp_path, ecgs)
     rows, _ = label_ecgs(tmp_path, demo_hosp, rule)
     expected = plain_labels(demo_hosp, ecgs, rule)
