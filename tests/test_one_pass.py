@@ -15,11 +15,12 @@ from torch import Tensor
 
 from data_builders.synthetic import synthetic_ecg
 from modeling_ecgmoe.adapter_card import AdapterCard
-from modeling_ecgmoe.adapters import SIGNAL_KEYS, MultiTask, fingerprint, save_adapter
+from modeling_ecgmoe.adapters import SIGNAL_KEYS, MultiTask, fingerprint
 from modeling_ecgmoe.configuration_ecgmoe import EcgMoeConfig
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.folding import folded
 from modeling_ecgmoe.leads import LEADS
+from modeling_ecgmoe.lora import save_adapter
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeForTasks
 from modeling_ecgmoe.tasks import TASKS
 
