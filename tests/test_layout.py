@@ -37,8 +37,9 @@ LAYERS = (
     {"temporal", "routing", "fusion"},
     {"modeling_ecgmoe"},
     {"metrics", "adapter_card", "adapters"},
-    {"prediction"},
-    {"pipeline_ecgmoe", "publish", "cli"},
+    {"prediction", "answer_files"},
+    {"pipeline_ecgmoe", "publish", "export_model", "embeddings"},
+    {"cli"},
 )
 LAYER_OF = {name: index for index, layer in enumerate(LAYERS) for name in layer}
 OPEN_TO_BUILDERS = {"leads", "tasks", "ecg_files", "beats"}

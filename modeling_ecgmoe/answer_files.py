@@ -1,0 +1,233 @@
+"""The forms that answers take outside of Python: JSON lines, a CSV table, and a few lines of text for people.
+
+A file of answers is written a record at a time and can be continued after an interruption.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from .adapter_card import AdapterCard
+
+MAX_SHOWN_LABELS = 6
+
+
+class CommandError(Exception):
+    """The command cannot be carried out as given. The message is one line: what is wrong, what to do."""
+
+
+# ---------------------------------------------------------------------------------------------------- files of results
+
+
+class LineFormat(Protocol):
+    """A file of results: a head, then one line for each record."""
+
+    head: str
+
+    def dump(self, line: dict[str, Any]) -> str:
+        """The text of a record, with its end of line."""
+
+    def parse(self, texts: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """The text of each record and what it says, from lines that `dump` wrote.
+
+        Raises:
+            ValueError: it did not write these, or it did for other tasks.
+        """
+
+
+class JsonLines:
+    """One JSON object a line, without NaN."""
+
+    head = ""
+
+    def __init__(self, cards: dict[str, "AdapterCard"]) -> None:
+        self.tasks = set(cards)
+
+    def dump(self, line: dict[str, Any]) -> str:
+        """See `LineFormat`."""
+        return json.dumps(line, allow_nan=False) + "\n"
+
+    def parse(self, texts: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """See `LineFormat`."""
+        for number, text in enumerate(texts, start=1):
+            try:
+                line = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"line {number} is not JSON") from error
+            if not (isinstance(line, dict) and {"path", "status"} <= set(line)):
+                raise ValueError(f"line {number} is not a result of ecgmoe predict")
+            answered = set(line.get("tasks", ()))
+            if line["status"] == "ok" and answered != self.tasks:
+                raise ValueError(
+                    f"line {number} answers {', '.join(sorted(answered))}; asked are {', '.join(sorted(self.tasks))}"
+                )
+            yield text, line
+
+
+class CsvTable:
+    """One row a record; `ecgmoe predict --help` explains the columns."""
+
+    facts = ("record", "path", "status", "error", "sampling_rate", "leads", "duration_s")
+
+    def __init__(self, cards: dict[str, "AdapterCard"]) -> None:
+        self.columns = list(self.facts)
+        for name, card in cards.items():
+            ends = ("low", "high") if card.task.kind == "regression" else ()
+            evidence = ("evidence",) if card.evidence != "measured" else ()
+            self.columns += [name, *(f"{name}_{part}" for part in (*ends, *card.task.labels, *evidence))]
+        self.head = self._text(self.columns)
+
+    def dump(self, line: dict[str, Any]) -> str:
+        """See `LineFormat`."""
+        cells = {key: line[key] for key in self.facts if key in line}
+        cells |= {"leads": ";".join(line["leads"])} if "leads" in line else {}
+        for name, answer in line.get("tasks", {}).items():
+            cells[name] = answer["value"] if "value" in answer else ";".join(answer["labels"])
+            parts = dict(zip(("low", "high"), answer.get("interval", ()), strict=False))
+            parts |= answer.get("probabilities", {}) | {"evidence": answer.get("evidence", "")}
+            cells |= {f"{name}_{part}": value for part, value in parts.items()}
+        return self._text([cells.get(column, "") for column in self.columns])
+
+    def parse(self, texts: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """See `LineFormat`."""
+        rows = csv.reader(texts)
+        columns = next(rows, self.columns)
+        if columns != self.columns:
+            differing = sorted(set(columns) ^ set(self.columns)) or ["their order"]
+            raise ValueError(f"its columns are not those of the tasks asked ({', '.join(differing[:6])} differ)")
+        for row in rows:
+            if len(row) != len(columns):
+                raise ValueError(f"line {rows.line_num} has {len(row)} cells, the first {len(columns)}")
+            yield self._text(row), dict(zip(columns, row, strict=True))
+
+    @staticmethod
+    def _text(row: Sequence[Any]) -> str:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerow(row)
+        return text.getvalue()
+
+
+FORMATS: dict[str, type[JsonLines] | type[CsvTable]] = {".jsonl": JsonLines, ".csv": CsvTable}
+# A path that is not UTF-8 comes back as it was.
+TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}
+
+
+def check_out(out: Path, resume: bool) -> None:
+    """Refuse an output file that cannot be, or that would be lost.
+
+    Raises:
+        CommandError: the reason.
+    """
+    if out.suffix.lower() not in FORMATS:
+        raise CommandError(f"--out {out}: expected a file ending in {' or '.join(FORMATS)}")
+    if not out.parent.is_dir():
+        raise CommandError(f"--out {out}: there is no folder {out.parent}; make it first")
+    if out.is_dir():
+        raise CommandError(f"--out {out} is a folder; name a file")
+    if not resume and out.exists() and out.stat().st_size:
+        raise CommandError(f"--out {out} holds results already; add --resume to go on with it, or name another file")
+
+
+def resume_out(out: Path, form: LineFormat, paths: Iterable[Path]) -> set[str]:
+    """Make a file of results ready to be continued; returns the paths that it has answered.
+
+    A last line that was not written to its end is dropped, and so are the errors of records that are asked again.
+
+    Raises:
+        CommandError: the file does not hold results of the same tasks.
+    """
+    if not out.exists():
+        return set()
+    asked, done = {str(path) for path in paths}, set()
+    repaired = out.with_name(out.name + ".part")
+    try:
+        with out.open(**TEXT) as old, repaired.open("w", **TEXT) as new:
+            new.write(form.head)
+            for text, line in form.parse(text for text in old if text.endswith("\n")):
+                if line["status"] == "ok":
+                    done.add(line["path"])
+                if line["status"] == "ok" or line["path"] not in asked:
+                    new.write(text)
+        repaired.replace(out)
+    except ValueError as error:
+        raise CommandError(f"--out {out} cannot be resumed: {error}; name another file") from error
+    finally:
+        repaired.unlink(missing_ok=True)
+    return done
+
+
+# -------------------------------------------------------------------------------------------------- a table for people
+
+
+def show_record(line: dict[str, Any], cards: dict[str, "AdapterCard"]) -> str:
+    """A record as a few lines of text."""
+    if line["status"] != "ok":
+        return printable(f"{line['error']} ({line['path']})") + "\n"
+    leads, beats = " ".join(line["leads"]), line["quality"]["beats"]
+    rows = [
+        f"{line['record']}: {line['duration_s']:g} s at {line['sampling_rate']:g} Hz, {beats} beats, leads {leads}"
+    ]
+    width = max(map(len, cards), default=0)
+    for name, answer in line["tasks"].items():
+        shown = list(_show_answer(answer, cards[name]))
+        if "evidence" in answer:
+            shown[0] += f"  [evidence: {answer['evidence']}]"
+        rows += [f"  {'' if i else name:{width}}  {text}" for i, text in enumerate(shown)]
+    return "".join(printable(row) + "\n" for row in rows)
+
+
+def _show_answer(answer: dict[str, Any], card: "AdapterCard") -> Iterator[str]:
+    from .tasks import DESCRIPTIONS
+
+    if "value" in answer:
+        interval = answer.get("interval")
+        ends = f"  ({answer['level']:.0%}: {interval[0]:.0f} to {interval[1]:.0f})" if interval else ""
+        yield f"{answer['value']:.0f} {card.task.unit}{ends}"
+        return
+    probabilities = answer["probabilities"]
+    given = sorted(answer["labels"], key=lambda label: -probabilities[label])
+    if not given:
+        best = max(probabilities, key=lambda label: probabilities[label])
+        yield f"no label; the most probable is {best} {probabilities[best]:.2f}"
+    for label in given[:MAX_SHOWN_LABELS]:
+        yield f"{label} {probabilities[label]:.2f}  {DESCRIPTIONS.get(label, '')}".rstrip()
+    if len(given) > MAX_SHOWN_LABELS:
+        yield f"and {len(given) - MAX_SHOWN_LABELS} more"
+
+
+def printable(text: str) -> str:
+    """A stranger's text made fit for a terminal: what cannot be printed is escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+
+@dataclass
+class Output:
+    """Where lines go, whole and at once: a killed program leaves at most one half-written line."""
+
+    file: TextIO
+    name: str
+    dump: Callable[[dict[str, Any]], str]
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Write one record.
+
+        Raises:
+            CommandError: there is no room, or the file has gone.
+        """
+        try:
+            self.file.write(self.dump(line))
+            self.file.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise CommandError(
+                f"{self.name} cannot be written: {error.strerror}; mend that and add --resume"
+            ) from error
