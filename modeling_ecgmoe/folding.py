@@ -123,7 +123,7 @@ class FoldedStateSpace(nn.Module):
         super().__init__()
         self.layer = layer
         self._spectra: dict[int, Tensor] = {}
-        self._matrices: dict[int, Tensor] = {}
+        self._matrix: tuple[int, Tensor] | None = None  # of the last length alone: it holds millions of numbers
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """See `StateSpace.forward`."""
@@ -132,10 +132,11 @@ class FoldedStateSpace(nn.Module):
             if length not in self._spectra:
                 self._spectra[length] = layer.spectrum(length)
             return layer.mixed(x, layer.convolved(x, mask, self._spectra[length]))
-        if length not in self._matrices:
-            self._matrices[length] = _toeplitz(layer, length)
+        kept = self._matrix
+        if kept is None or kept[0] != length:
+            self._matrix = kept = length, _toeplitz(layer, length)
         u = (layer.norm(x) * mask.transpose(1, 2)).permute(2, 0, 1).contiguous().float()
-        return layer.mixed(x, torch.bmm(u, self._matrices[length]).permute(1, 2, 0).contiguous())
+        return layer.mixed(x, torch.bmm(u, kept[1]).permute(1, 2, 0).contiguous())
 
 
 def _toeplitz(layer: StateSpace, length: int) -> Tensor:
@@ -154,8 +155,11 @@ class FoldedMixtureLayer(nn.Module):
         attention, experts, shared = layer.attention, layer.experts, layer.shared_expert
         self.heads, self.out_proj = attention.heads, attention.out_proj
         parts = (attention.q_proj, attention.k_proj, attention.v_proj)
-        biases = [torch.zeros_like(attention.q_proj.bias) if part.bias is None else part.bias for part in parts]
-        self.qkv = _linear(torch.cat(tuple(part.weight for part in parts)), torch.cat(biases))
+        weights: list[Tensor] = [part.weight for part in parts]
+        biases: list[Tensor] = [
+            torch.zeros_like(attention.q_proj.bias) if part.bias is None else part.bias for part in parts
+        ]
+        self.qkv = _linear(torch.cat(weights), torch.cat(biases))
         gate_up = torch.cat([experts.gate_up_proj, shared.gate_up_proj.weight[None]])
         down = torch.cat([experts.down_proj, shared.down_proj.weight[None]])
         # Rows: the gates of all experts, then what they let through.
