@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,10 @@ class Runner:
 
 def signals(count: int, sampling_rate: int) -> list[np.ndarray]:
     """Synthetic 12-lead recordings of 10 s, in mV."""
-    hearts = [{"rate_bpm": 55 + 2 * index, "noise_mv": 0.01, "seed": index} for index in range(count)]
-    return [synthetic_ecg(sampling_rate=sampling_rate, **heart).ecg.signal for heart in hearts]
+    return [
+        synthetic_ecg(sampling_rate=sampling_rate, rate_bpm=55 + 2 * index, noise_mv=0.01, seed=index).ecg.signal
+        for index in range(count)
+    ]
 
 
 def own_runners(model: str, onnx: Path | None) -> tuple[list[Runner], MultiTask]:
@@ -73,23 +76,23 @@ def own_runners(model: str, onnx: Path | None) -> tuple[list[Runner], MultiTask]
     features = {size: five.extractor.pad(windows[:size], return_tensors="pt") for size in BATCH_SIZES}
     inputs = {size: {name: features[size][name] for name in SIGNAL_KEYS} for size in BATCH_SIZES}
 
-    def together(many: MultiTask) -> dict[int, Callable[[], Any]]:
-        return {size: lambda size=size: many.task_logits(many.encoder(**inputs[size])) for size in BATCH_SIZES}
+    def together(answering: Sequence[MultiTask]) -> dict[int, Callable[[], Any]]:
+        def answer(size: int) -> None:
+            for many in answering:
+                many.task_logits(many.encoder(**inputs[size]))
+
+        return {size: partial(answer, size) for size in BATCH_SIZES}
 
     def apart(models: Sequence[nn.Module]) -> dict[int, Callable[[], Any]]:
         def answer(size: int) -> None:
             for name, one in zip(FIVE_TASKS, models, strict=True):
                 one(**inputs[size], tasks=[name])
 
-        return {size: lambda size=size: answer(size) for size in BATCH_SIZES}
-
-    def one_by_one(size: int) -> None:
-        for one in ones:
-            one.task_logits(one.encoder(**inputs[size]))
+        return {size: partial(answer, size) for size in BATCH_SIZES}
 
     def alone(net: nn.Module) -> dict[int, Callable[[], Any]]:
         net.eval()
-        return {size: lambda size=size: net(inputs[size]["input_values"]) for size in BATCH_SIZES}
+        return {size: partial(net, inputs[size]["input_values"]) for size in BATCH_SIZES}
 
     copies = [copy.deepcopy(five.model) for _ in FIVE_TASKS]
     size_of = {name: size(five.model.ecgmoe) + five.adapter_size(name) for name in FIVE_TASKS}
@@ -98,21 +101,21 @@ def own_runners(model: str, onnx: Path | None) -> tuple[list[Runner], MultiTask]
     plain = PlainCnn()
     own = f"12 x 1000 at {rate} Hz"
     runners = [
-        Runner(REFERENCE, own, adapted, together(five)),
-        Runner("ECG-MoE, one task", own, size_of[FIVE_TASKS[0]], together(ones[0])),
+        Runner(REFERENCE, own, adapted, together([five])),
+        Runner("ECG-MoE, one task", own, size_of[FIVE_TASKS[0]], together(ones[:1])),
         Runner("ECG-MoE, five fine-tuned copies", own, 5 * size(five.model.ecgmoe), apart(copies)),
         Runner(
             "the same, each folded as the one pass is",
             own,
             5 * size(five.model.ecgmoe),
-            {size: lambda size=size: one_by_one(size) for size in BATCH_SIZES},
+            together(ones),
         ),
         Runner("conventional: xresnet1d101, five heads", own, size(conventional), alone(conventional)),
         Runner("plain CNN, seven heads", own, size(plain), alone(plain)),
     ]
     if onnx is not None:
         session = OnnxModel(onnx)
-        calls = {n: lambda n=n: session(inputs[n]) for n in BATCH_SIZES}
+        calls: dict[int, Callable[[], Any]] = {n: partial(session, inputs[n]) for n in BATCH_SIZES}
         runners.insert(1, Runner("ECG-MoE, ONNX Runtime", own, adapted, calls))
     return runners, five
 
@@ -133,8 +136,9 @@ def peer_runners(only: Sequence[str]) -> tuple[list[Runner], list[str]]:
         except NotInstalled as error:
             missing.append(f"{name}: {error}")
             continue
-        inputs = {n: torch.randn(n * shape[0], *shape[1:]) for n in BATCH_SIZES}
-        calls = {n: lambda net=net, x=x: net(x) for n, x in inputs.items()}
+        calls: dict[int, Callable[[], Any]] = {
+            n: partial(net, torch.randn(n * shape[0], *shape[1:])) for n in BATCH_SIZES
+        }
         runners.append(Runner(name, net.input_words, size(net), calls))
     return runners, missing
 
