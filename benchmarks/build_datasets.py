@@ -10,6 +10,7 @@ other work on the machine disturbs less. A column of plain integers shows what t
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -137,6 +138,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/build_datasets.json")
     options = parser.parse_args()
     datasets.disable_progress_bars()
+    load = os.getloadavg()[0]  # what else the machine was doing
     built, cached = [], []
     with tempfile.TemporaryDirectory() as temporary:
         for repeat in range(options.repeats):
@@ -160,7 +162,7 @@ def main() -> None:
         bar = "> 10,000" if "integer" not in name else None
         rows.append(_row(f"rows/s, {name}", [wall for wall, _ in rates], bar, min))
         rows.append(_row(f"rows/s of processor time, {name}", [processor for _, processor in rates], None, min))
-    result = {
+    result: dict[str, Any] = {
         "name": options.out.stem,
         "command": f"python -m benchmarks.build_datasets --data_dir {options.data_dir.name}",
         "seed": options.seed,
@@ -173,6 +175,7 @@ def main() -> None:
         },
         "rows": rows,
     }
+    result["hardware"]["load_average_before"] = round(load, 1)
     options.out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     for row in rows:
         print(row)
