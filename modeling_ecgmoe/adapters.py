@@ -39,8 +39,8 @@ LORA_SCOPES = {
     "fusion": rf"ecgmoe\.fusion\..*({'|'.join(LORA_TARGETS)})",
     "all": rf"ecgmoe\.(fusion|encoder)\..*({'|'.join((*LORA_TARGETS, 'gate_up_proj'))})",
 }
-# The configuration that adapters of the first release were trained on. Of fields that came later only values other than
-# the default count: a new field must not orphan every adapter there is.
+# The configuration that adapters of the first release were trained on. Of later fields only values other than the
+# default count: a new field must not orphan every adapter there is.
 HASHED_FIELDS = (
     "leads",
     "sampling_rate",

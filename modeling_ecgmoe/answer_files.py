@@ -133,6 +133,48 @@ def check_out(out: Path, resume: bool, suffixes: Iterable[str] = tuple(FORMATS))
         raise CommandError(f"--out {out} holds results already; add --resume to go on with it, or name another file")
 
 
+def model_file(out: Path) -> Path:
+    """The small file beside a file of results that says which model gave them."""
+    return out.with_name(f"{out.name}.model.json")
+
+
+def check_model(out: Path, identity: dict[str, Any], resume: bool) -> None:
+    """Write down which model answers into `out`; where results are there already, refuse to go on with another.
+
+    Args:
+        identity: see `MultiTask.identity`; `model` is told, the hashes are compared.
+
+    Raises:
+        CommandError: the results are of another model or adapter, or nobody wrote down of which.
+    """
+    file = model_file(out)
+    if resume and out.exists() and out.stat().st_size:
+        if not file.is_file():
+            raise CommandError(
+                f"--out {out} cannot be resumed: {file.name}, which says what model gave its results, is not beside "
+                "it; bring it back, or name another file"
+            )
+        try:
+            begun = json.loads(file.read_text(encoding="utf-8"))
+            differing = [f"base {begun['base']} ({begun['model']})"] if begun["base"] != identity["base"] else []
+            differing += [
+                f"adapter {name} {begun['adapters'].get(name)}"
+                for name, weights in identity["adapters"].items()
+                if begun["adapters"].get(name, weights) != weights
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CommandError(f"--out {out} cannot be resumed: {file} is damaged; name another file") from error
+        if differing:
+            now = [f"base {identity['base']} ({identity['model']})"]
+            now += [f"adapter {name} {identity['adapters'][name]}" for name in identity["adapters"]]
+            raise CommandError(
+                f"--out {out} cannot be resumed: it was begun with {', '.join(differing)}, and this is "
+                f"{', '.join(now)}; use the same model, or name another file"
+            )
+        return
+    file.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+
+
 def resume_out(out: Path, form: LineFormat, paths: Iterable[Path]) -> set[str]:
     """Make a file of results ready to be continued; returns the paths that it has answered.
 

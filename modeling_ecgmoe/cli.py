@@ -15,7 +15,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .answer_files import FORMATS, TEXT, CommandError, JsonLines, Output, check_out, printable, resume_out, show_record
+from .answer_files import (
+    FORMATS,
+    TEXT,
+    CommandError,
+    JsonLines,
+    Output,
+    check_model,
+    check_out,
+    printable,
+    resume_out,
+    show_record,
+)
 
 if TYPE_CHECKING:
     from .adapters import MultiTask
@@ -28,6 +39,8 @@ Answer every task for ECG files. Folders are walked; the header and the signal f
 
 Without --out the answers go to stdout: as a table where that is a terminal, one JSON object a line otherwise."""
 EPILOG_PREDICT = """\
+Beside --out FILE, FILE.model.json says which model and adapters answered; --resume goes on with these alone.
+
 A JSON line holds record, path, status, sampling_rate, leads, duration_s, quality and tasks; a record that cannot be
 answered has status "error" and the reason in error, and the others go on.
 
@@ -179,9 +192,10 @@ def predict(args: argparse.Namespace) -> int:
     many = load_model(args.model, tasks)
     with contextlib.ExitStack() as stack:
         try:
-            if args.resume:
-                done = resume_out(args.out, FORMATS[args.out.suffix.lower()](many.cards), paths)
-                paths = [path for path in paths if str(path) not in done]
+            if args.out is not None:
+                check_model(args.out, many.identity(), args.resume)
+            done = resume_out(args.out, FORMATS[args.out.suffix.lower()](many.cards), paths) if args.resume else ()
+            paths = [path for path in paths if str(path) not in done]
             outputs = open_outputs(args, many, stack)
         except OSError as error:
             raise CommandError(f"--out {args.out} cannot be written: {error.strerror}") from error
@@ -266,7 +280,7 @@ def _add_predict(commands: Any) -> None:
     add(
         "--resume",
         action="store_true",
-        help="go on with --out: skip the records that it answers, try the others again",
+        help="go on with --out, with the same model: skip the records that it answers, try the others again",
     )
     add("--table", action="store_true", help="print the answers as a table, whatever stdout is")
 

@@ -1,7 +1,8 @@
 """The backbone as inference runs it: the same function, rewritten once after training so that it costs less.
 
 Batch normalisations disappear into the convolutions before them, the residual network keeps its channels last in
-memory, and what the state-space layers compute from weights alone is kept. Nothing here is saved or trained.
+memory, experts are computed side by side, and what the state-space layers compute from weights alone is kept. Nothing
+here is saved or trained.
 """
 
 import copy
@@ -13,19 +14,48 @@ from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .modeling_ecgmoe import EcgMoeEncoder
-from .temporal import ConvFamily, ConvNorm, ResidualTrunk, SsmFamily, StateSpace
+from .routing import MixtureLayer, Routing
+from .temporal import ConvFamily, ConvNorm, ResidualTrunk, SsmFamily, StateSpace, stage_masks
 
 
 def folded(encoder: EcgMoeEncoder) -> EcgMoeEncoder:
     """A copy for inference alone, equal to 1e-5; later changes to the weights of `encoder` do not reach it."""
     copied = copy.deepcopy(encoder).eval().requires_grad_(False)
-    for family in copied.temporal.families.values():
+    families = copied.temporal.families
+    for name, family in families.items():
         if isinstance(family, ConvFamily):
-            family.trunk = FoldedTrunk(family.trunk)
+            families[name] = FoldedConvFamily(family)
         elif isinstance(family, SsmFamily):
-            for layer in family.layers:
-                layer.__class__ = FoldedStateSpace
-    return copied
+            family.layers = nn.ModuleList(FoldedStateSpace(layer) for layer in family.layers)
+    for path in copied.paths.values():
+        path.layers = nn.ModuleList(FoldedMixtureLayer(layer) for layer in path.layers)
+    return copied.requires_grad_(False)
+
+
+class FoldedConvFamily(nn.Module):
+    """`ConvFamily` that projects the coarse stage before it repeats it, not after."""
+
+    def __init__(self, family: ConvFamily) -> None:
+        super().__init__()
+        self.trunk = FoldedTrunk(family.trunk)
+        fine = family.trunk.stages[-2][0][0].out_channels
+        weight, bias = family.project.weight, family.project.bias
+        self.fine = _linear(weight[:, :fine], bias)
+        self.coarse = _linear(weight[:, fine:], torch.zeros_like(bias))
+
+    def forward(self, x: Tensor, token_mask: Tensor) -> Tensor:
+        """See `ConvFamily.forward`."""
+        fine, coarse = self.trunk(x, stage_masks(token_mask, x.dtype))
+        coarse = self.coarse(coarse.transpose(1, 2)).repeat_interleave(2, dim=1)[:, : token_mask.shape[1]]
+        return self.fine(fine.transpose(1, 2)).add_(coarse)
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias)
+    return layer
 
 
 class FoldedTrunk(nn.Module):
@@ -80,11 +110,68 @@ def _folded_conv(layer: ConvNorm) -> nn.Conv2d:
     return wide.to(weight.dtype, memory_format=torch.channels_last)
 
 
-class FoldedStateSpace(StateSpace):
-    """`StateSpace` that keeps the spectrum of its kernel for each length."""
+class FoldedStateSpace(nn.Module):
+    """`StateSpace` that computes its kernel once for each length.
 
-    def spectrum(self, length: int) -> Tensor:
-        kept = self.__dict__.setdefault("_spectra", {})
-        if length not in kept:
-            kept[length] = super().spectrum(length)
-        return kept[length]
+    Few records are convolved through their Fourier transform. Of many the convolution is a product with one matrix for
+    each channel, (d, s, s), which then is read from memory once for all of them.
+    """
+
+    many = 8
+
+    def __init__(self, layer: StateSpace) -> None:
+        super().__init__()
+        self.layer = layer
+        self._spectra: dict[int, Tensor] = {}
+        self._matrices: dict[int, Tensor] = {}
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """See `StateSpace.forward`."""
+        layer, length = self.layer, x.shape[1]
+        if x.shape[0] < self.many:
+            if length not in self._spectra:
+                self._spectra[length] = layer.spectrum(length)
+            return layer.mixed(x, layer.convolved(x, mask, self._spectra[length]))
+        if length not in self._matrices:
+            self._matrices[length] = _toeplitz(layer, length)
+        u = (layer.norm(x) * mask.transpose(1, 2)).permute(2, 0, 1).contiguous().float()
+        return layer.mixed(x, torch.bmm(u, self._matrices[length]).permute(1, 2, 0).contiguous())
+
+
+def _toeplitz(layer: StateSpace, length: int) -> Tensor:
+    """(d, s, s): what each moment gives to each later or earlier one, the skip connection included."""
+    moments = torch.arange(length, device=layer.skip.device)
+    lags = (moments[None, :] - moments[:, None]) % (2 * length)
+    return layer.kernel(length).float()[:, lags] + torch.diag_embed(layer.skip[:, None].expand(-1, length))
+
+
+class FoldedMixtureLayer(nn.Module):
+    """`MixtureLayer` with one product for queries, keys and values, and one for all experts and the shared one."""
+
+    def __init__(self, layer: MixtureLayer) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.router = layer.norm1, layer.norm2, layer.router
+        attention, experts, shared = layer.attention, layer.experts, layer.shared_expert
+        self.heads, self.out_proj = attention.heads, attention.out_proj
+        parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+        biases = [torch.zeros_like(attention.q_proj.bias) if part.bias is None else part.bias for part in parts]
+        self.qkv = _linear(torch.cat([part.weight for part in parts]), torch.cat(biases))
+        gate_up = torch.cat([experts.gate_up_proj, shared.gate_up_proj.weight[None]])
+        down = torch.cat([experts.down_proj, shared.down_proj.weight[None]])
+        # Rows: the gates of all experts, then what they let through.
+        self.gate_up = nn.Parameter(gate_up.unflatten(1, (2, -1)).transpose(0, 1).flatten(0, 2).clone())
+        self.down = nn.Parameter(down.transpose(0, 1).flatten(1).clone())
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, Routing]:
+        """See `MixtureLayer.forward`."""
+        split = self.qkv(self.norm1(hidden)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        unseen = ((mask.to(hidden.dtype) - 1.0) * 1e4)[:, None, None, :]
+        mixed = functional.scaled_dot_product_attention(*split.unbind(0), unseen)
+        hidden = hidden + self.out_proj(mixed.transpose(1, 2).flatten(-2))
+        normed = self.norm2(hidden)
+        routing = self.router(normed)
+        shares = torch.zeros_like(routing.logits).scatter(-1, routing.experts, routing.weights).to(hidden.dtype)
+        shares = functional.pad(shares, (0, 1), value=1.0).unsqueeze(-1)
+        gate, through = functional.linear(normed, self.gate_up).chunk(2, dim=-1)
+        inner = functional.silu(gate).mul_(through).unflatten(-1, (shares.shape[-2], -1)).mul_(shares)
+        return hidden + functional.linear(inner.flatten(-2), self.down), routing

@@ -154,11 +154,16 @@ class ConvFamily(nn.Module):
 
     def forward(self, x: Tensor, token_mask: Tensor) -> Tensor:
         num_tokens = token_mask.shape[1]
-        pairs = functional.pad(token_mask, (0, num_tokens % 2), value=False).unflatten(1, (-1, 2)).any(dim=2)
-        masks = [token_mask.repeat_interleave(4, dim=1), token_mask.repeat_interleave(2, dim=1), token_mask, pairs]
-        fine, coarse = self.trunk(x, [mask[:, None, :].to(x.dtype) for mask in masks])
+        fine, coarse = self.trunk(x, stage_masks(token_mask, x.dtype))
         coarse = coarse.repeat_interleave(2, dim=2)[..., :num_tokens]
         return self.project(torch.cat([fine, coarse], dim=1).transpose(1, 2))
+
+
+def stage_masks(token_mask: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Which steps of the residual network's stages are real, (b, 1, steps) for each."""
+    pairs = functional.pad(token_mask, (0, token_mask.shape[1] % 2), value=False).unflatten(1, (-1, 2)).any(dim=2)
+    masks = [token_mask.repeat_interleave(4, dim=1), token_mask.repeat_interleave(2, dim=1), token_mask, pairs]
+    return [mask[:, None, :].to(dtype) for mask in masks]
 
 
 class StateSpace(nn.Module):
@@ -196,11 +201,18 @@ class StateSpace(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x (b, s, d); mask (b, 1, s), 0 on padding."""
+        return self.mixed(x, self.convolved(x, mask, self.spectrum(x.shape[1])))
+
+    def convolved(self, x: Tensor, mask: Tensor, spectrum: Tensor) -> Tensor:
+        """The sequence through the kernel of this spectrum, and beside it: (b, s, d)."""
         length = x.shape[1]
         u = self.norm(x).transpose(1, 2).float() * mask
-        spectrum = torch.fft.rfft(u, n=2 * length) * self.spectrum(length)
-        y = torch.fft.irfft(spectrum, n=2 * length)[..., :length] + self.skip[:, None] * u
-        value, gate = self.mix(functional.gelu(y.transpose(1, 2)).to(x.dtype)).chunk(2, dim=-1)
+        y = torch.fft.irfft(torch.fft.rfft(u, n=2 * length) * spectrum, n=2 * length)[..., :length]
+        return (y + self.skip[:, None] * u).transpose(1, 2)
+
+    def mixed(self, x: Tensor, y: Tensor) -> Tensor:
+        """The residual that y (b, s, d), mixed over its channels and gated, makes with x."""
+        value, gate = self.mix(functional.gelu(y).to(x.dtype)).chunk(2, dim=-1)
         return x + value * torch.sigmoid(gate)
 
 
@@ -386,8 +398,10 @@ class TemporalFeatures(nn.Module):
         seen = [self.norms[name](family(x, token_mask, *more.get(name, ()))) for name, family in self.families.items()]
         scores = torch.stack([torch.matmul(of, weight) for of, weight in zip(seen, self.gate_weight, strict=True)], -1)
         gates = 2.0 * torch.sigmoid(scores + self.gate_bias)
-        shares = (gates / len(self.families)).unsqueeze(-1).unbind(dim=2)
-        tokens = torch.stack([of * share for of, share in zip(seen, shares, strict=True)]).sum(dim=0)
+        tokens = seen[0] * gates[..., :1]
+        for index in range(1, len(seen)):
+            tokens = torch.addcmul(tokens, seen[index], gates[..., index : index + 1])
+        tokens = tokens / len(seen)
         if self.clock is not None:
             tokens = tokens + self.clock(clock_features)
         return self.dropout(self.norm(tokens)), gates / gates.sum(dim=-1, keepdim=True)

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 from tiny_model import TINY_TASKS, save_tiny_model
 
+from data_builders.synthetic import synthetic_ecg, write_wfdb
 from modeling_ecgmoe.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,3 +98,41 @@ def test_help_comes_without_loading_a_library() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "--resume" in done.stdout
     assert "<task>_low" in done.stdout
+
+
+def answered(model: Path, folder: Path) -> Path:
+    """A file of one record's results by a model."""
+    ecg = synthetic_ecg(sampling_rate=100, noise_mv=0.01).ecg
+    write_wfdb(ecg, folder, "record")
+    out = folder / "o.jsonl"
+    assert run(folder / "record.hea", "--model", model, "--tasks", "age", "--out", out, "--quiet") == 0
+    return out
+
+
+def test_a_file_is_not_continued_by_another_model(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = answered(model, tmp_path)
+    before = out.read_bytes()
+    other = save_tiny_model(tmp_path / "other", tasks=("age",))
+    weights = load_file(other.parent / "adapters/age/adapter_model.safetensors")
+    weights["base_model.model.heads.head_age.bias"] += 1.0
+    save_file(weights, other.parent / "adapters/age/adapter_model.safetensors", metadata={"format": "pt"})
+    assert run(tmp_path / "record.hea", "--model", other, "--out", out, "--resume") == 2
+    message = capsys.readouterr().err
+    assert "it was begun with adapter age" in message
+    assert message.count("\n") == 1
+    assert out.read_bytes() == before
+    assert run(tmp_path / "record.hea", "--model", model, "--tasks", "age", "--out", out, "--resume") == 0
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}"])
+def test_a_file_of_an_unknown_model_is_not_continued(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None
+) -> None:
+    out = answered(model, tmp_path)
+    sidecar = tmp_path / "o.jsonl.model.json"
+    assert set(json.loads(sidecar.read_text())) == {"model", "base", "adapters"}
+    sidecar.unlink() if content is None else sidecar.write_text(content)
+    assert run(tmp_path / "record.hea", "--model", model, "--tasks", "age", "--out", out, "--resume") == 2
+    assert "o.jsonl.model.json" in capsys.readouterr().err
