@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .adapter_card import AdapterCard
     from .adapters import MultiTask
+    from .classification_ecgmoe import EcgMoeForSequenceClassification
     from .configuration_ecgmoe import EcgMoeConfig
     from .ecg_files import Ecg, read_ecg
     from .feature_extraction_ecgmoe import EcgMoeFeatureExtractor
@@ -29,6 +30,7 @@ _FILE_OF = {
     "Ecg": "ecg_files",
     "EcgMoeConfig": "configuration_ecgmoe",
     "EcgMoeFeatureExtractor": "feature_extraction_ecgmoe",
+    "EcgMoeForSequenceClassification": "classification_ecgmoe",
     "EcgMoeForTasks": "modeling_ecgmoe",
     "EcgMoeModel": "modeling_ecgmoe",
     "EcgMoePipeline": "pipeline_ecgmoe",
@@ -44,6 +46,7 @@ __all__ = [
     "Ecg",
     "EcgMoeConfig",
     "EcgMoeFeatureExtractor",
+    "EcgMoeForSequenceClassification",
     "EcgMoeForTasks",
     "EcgMoeModel",
     "EcgMoePipeline",
@@ -83,9 +86,11 @@ def _register_feature_extractor(auto: ModuleType) -> None:
 
 def _register_models(auto: ModuleType) -> None:
     from .configuration_ecgmoe import EcgMoeConfig
+    from .classification_ecgmoe import EcgMoeForSequenceClassification
     from .modeling_ecgmoe import EcgMoeForTasks, EcgMoeModel
 
     auto.AutoModel.register(EcgMoeConfig, EcgMoeModel, exist_ok=True)
+    auto.AutoModelForSequenceClassification.register(EcgMoeConfig, EcgMoeForSequenceClassification, exist_ok=True)
     auto.AutoModelForTimeSeriesPrediction.register(EcgMoeConfig, EcgMoeForTasks, exist_ok=True)
 
 

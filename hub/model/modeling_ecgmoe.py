@@ -24,7 +24,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, is_peft_available
 
 from .configuration_ecgmoe import EcgMoeConfig
 from .fusion import Fusion, QueryPooling
@@ -150,6 +150,19 @@ class EcgMoePreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
         for file in [code, *map(Path, get_relative_import_files(code))] if has_pipeline else []:
             shutil.copyfile(file, Path(save_directory) / file.name)
+
+    def set_adapter(self, adapter_name: list[str] | str) -> None:
+        """Use the adapter of a task that `load_adapter` loaded.
+
+        transformers would ask the heads of the other tasks for it too, which do not have it.
+        """
+        known = {adapter_name} if isinstance(adapter_name, str) else set(adapter_name)
+        if is_peft_available() and known <= set(getattr(self, "peft_config", ())):
+            from peft.functional import set_adapter
+
+            set_adapter(self, adapter_name)
+        else:
+            super().set_adapter(adapter_name)  # which says what is missing
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
