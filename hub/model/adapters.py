@@ -227,14 +227,18 @@ class MultiTask:
         encoded = self.encoder(**{name: features[name].to(self.model.device) for name in SIGNAL_KEYS})
         return {name: value.float().cpu().numpy() for name, value in self.task_logits(encoded).items()}
 
+    def fusion(self) -> StackedFusion:
+        """The fusion of all adapters that are loaded now."""
+        if self._stacked is None:
+            self._stacked = StackedFusion(self.model.ecgmoe.fusion, list(self._weights.values()))
+        return self._stacked
+
     def task_logits(self, encoded: EcgMoeEncoderOutput) -> dict[str, Tensor]:
         """task to logits (b, outputs), from what the backbone found."""
         if not self.cards:
             return {}
-        if self._stacked is None:
-            self._stacked = StackedFusion(self.model.ecgmoe.fusion, list(self._weights.values()))
         assert encoded.period_s is not None  # the encoder always gives it
-        embeddings = self._stacked(encoded.memories())
+        embeddings = self.fusion()(encoded.memories())
         return {
             name: add_prior(
                 torch.nn.functional.linear(embedding, *self._weights[name].head),

@@ -7,6 +7,7 @@ here is saved or trained.
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +16,21 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from .modeling_ecgmoe import EcgMoeEncoder
 from .routing import MixtureLayer, Routing
-from .temporal import ConvFamily, ConvNorm, ResidualTrunk, SsmFamily, StateSpace, stage_masks
+from .temporal import ConvFamily, ResidualTrunk, SsmFamily, StateSpace, stage_masks
 
 
 def folded(encoder: EcgMoeEncoder) -> EcgMoeEncoder:
     """A copy for inference alone, equal to 1e-5; later changes to the weights of `encoder` do not reach it."""
     copied = copy.deepcopy(encoder).eval().requires_grad_(False)
     families = copied.temporal.families
-    for name, family in families.items():
+    for name, family in list(families.items()):
         if isinstance(family, ConvFamily):
             families[name] = FoldedConvFamily(family)
         elif isinstance(family, SsmFamily):
-            family.layers = nn.ModuleList(FoldedStateSpace(layer) for layer in family.layers)
-    for path in copied.paths.values():
+            layers: Any = family.layers
+            family.layers = nn.ModuleList(FoldedStateSpace(layer) for layer in layers)
+    paths: Any = copied.paths
+    for path in paths.values():
         path.layers = nn.ModuleList(FoldedMixtureLayer(layer) for layer in path.layers)
     return copied.requires_grad_(False)
 
@@ -38,7 +41,7 @@ class FoldedConvFamily(nn.Module):
     def __init__(self, family: ConvFamily) -> None:
         super().__init__()
         self.trunk = FoldedTrunk(family.trunk)
-        fine = family.trunk.stages[-2][0][0].out_channels
+        fine = self.trunk.enters[-2].out_channels
         weight, bias = family.project.weight, family.project.bias
         self.fine = _linear(weight[:, :fine], bias)
         self.coarse = _linear(weight[:, fine:], torch.zeros_like(bias))
@@ -66,12 +69,13 @@ class FoldedTrunk(nn.Module):
 
     def __init__(self, trunk: ResidualTrunk) -> None:
         super().__init__()
-        self.enters = nn.ModuleList(_folded_conv(stage[0]) for stage in trunk.stages)
-        self.blocks = nn.ModuleList(
+        stages: Any = trunk.stages
+        self.enters: Any = nn.ModuleList(_folded_conv(stage[0]) for stage in stages)
+        self.blocks: Any = nn.ModuleList(
             nn.ModuleList(
                 nn.ModuleList([_folded_conv(block.first), _folded_conv(block.second)]) for block in list(stage)[1:]
             )
-            for stage in trunk.stages
+            for stage in stages
         )
 
     def forward(self, x: Tensor, masks: Sequence[Tensor | float]) -> tuple[Tensor, Tensor]:
@@ -92,22 +96,18 @@ def _masked(x: Tensor, mask: Tensor | float) -> Tensor:
     return x.mul_(mask) if isinstance(mask, Tensor) else x
 
 
-def _folded_conv(layer: ConvNorm) -> nn.Conv2d:
-    """The convolution that does what convolution and batch normalisation of `layer` do in evaluation."""
+def _folded_conv(layer: Any) -> nn.Conv2d:
+    """The convolution that does what convolution and batch normalisation of a `ConvNorm` do in evaluation."""
     conv, norm = layer[0], layer[1]
     weight, bias = fuse_conv_bn_weights(
         conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     )
     wide = nn.Conv2d(
-        conv.in_channels,
-        conv.out_channels,
-        (1, conv.kernel_size[0]),
-        (1, conv.stride[0]),
-        (0, conv.padding[0]),
-    ).requires_grad_(False)
-    wide.weight.copy_(weight.unsqueeze(2))
-    wide.bias.copy_(bias)
-    return wide.to(weight.dtype, memory_format=torch.channels_last)
+        conv.in_channels, conv.out_channels, (1, conv.kernel_size[0]), (1, conv.stride[0]), (0, conv.padding[0])
+    )
+    wide.weight = nn.Parameter(weight.detach().unsqueeze(2).contiguous(memory_format=torch.channels_last))
+    wide.bias = nn.Parameter(bias.detach())
+    return wide
 
 
 class FoldedStateSpace(nn.Module):
@@ -123,7 +123,7 @@ class FoldedStateSpace(nn.Module):
         super().__init__()
         self.layer = layer
         self._spectra: dict[int, Tensor] = {}
-        self._matrices: dict[int, Tensor] = {}
+        self._matrix: tuple[int, Tensor] | None = None  # of the last length alone: it holds millions of numbers
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """See `StateSpace.forward`."""
@@ -132,10 +132,11 @@ class FoldedStateSpace(nn.Module):
             if length not in self._spectra:
                 self._spectra[length] = layer.spectrum(length)
             return layer.mixed(x, layer.convolved(x, mask, self._spectra[length]))
-        if length not in self._matrices:
-            self._matrices[length] = _toeplitz(layer, length)
+        kept = self._matrix
+        if kept is None or kept[0] != length:
+            self._matrix = kept = length, _toeplitz(layer, length)
         u = (layer.norm(x) * mask.transpose(1, 2)).permute(2, 0, 1).contiguous().float()
-        return layer.mixed(x, torch.bmm(u, self._matrices[length]).permute(1, 2, 0).contiguous())
+        return layer.mixed(x, torch.bmm(u, kept[1]).permute(1, 2, 0).contiguous())
 
 
 def _toeplitz(layer: StateSpace, length: int) -> Tensor:
@@ -154,8 +155,11 @@ class FoldedMixtureLayer(nn.Module):
         attention, experts, shared = layer.attention, layer.experts, layer.shared_expert
         self.heads, self.out_proj = attention.heads, attention.out_proj
         parts = (attention.q_proj, attention.k_proj, attention.v_proj)
-        biases = [torch.zeros_like(attention.q_proj.bias) if part.bias is None else part.bias for part in parts]
-        self.qkv = _linear(torch.cat([part.weight for part in parts]), torch.cat(biases))
+        weights: list[Tensor] = [part.weight for part in parts]
+        biases: list[Tensor] = [
+            torch.zeros_like(attention.q_proj.bias) if part.bias is None else part.bias for part in parts
+        ]
+        self.qkv = _linear(torch.cat(weights), torch.cat(biases))
         gate_up = torch.cat([experts.gate_up_proj, shared.gate_up_proj.weight[None]])
         down = torch.cat([experts.down_proj, shared.down_proj.weight[None]])
         # Rows: the gates of all experts, then what they let through.
@@ -164,9 +168,9 @@ class FoldedMixtureLayer(nn.Module):
 
     def forward(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, Routing]:
         """See `MixtureLayer.forward`."""
-        split = self.qkv(self.norm1(hidden)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = self.qkv(self.norm1(hidden)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         unseen = ((mask.to(hidden.dtype) - 1.0) * 1e4)[:, None, None, :]
-        mixed = functional.scaled_dot_product_attention(*split.unbind(0), unseen)
+        mixed = functional.scaled_dot_product_attention(query, key, value, unseen)
         hidden = hidden + self.out_proj(mixed.transpose(1, 2).flatten(-2))
         normed = self.norm2(hidden)
         routing = self.router(normed)

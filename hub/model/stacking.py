@@ -13,14 +13,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .fusion import Fusion, mean_and_max
+from .fusion import Fusion, QueryPooling, mean_and_max
 from .tasks import Task
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -125,18 +125,21 @@ class StackedFusion(nn.Module):
         super().__init__()
         self.paths = list(fusion.pooling)
         self.heads = fusion.attention.heads
-        num_queries, size = fusion.pooling[self.paths[0]].queries.shape
+        num_queries, size = fusion.get_parameter(f"pooling.{self.paths[0]}.queries").shape
         self.shape = (len(adapters), len(self.paths), num_queries, size)
 
-        def merged(name: str) -> tuple[Tensor, Tensor | None]:
-            """Weights (a, out, in) and bias (out,) of a layer."""
+        def merged(name: str) -> tuple[Tensor, Tensor]:
+            """Weights (a, out, in) and bias (out,) of a layer, 0 where it has none."""
             layer = fusion.get_submodule(name)
-            return torch.stack([one.weight_of(name, layer.weight) for one in adapters]), layer.bias
+            assert isinstance(layer, nn.Linear)
+            weights = torch.stack([one.weight_of(name, layer.weight) for one in adapters])
+            return weights, weights.new_zeros(layer.out_features) if layer.bias is None else layer.bias
 
         kept: dict[str, Tensor] = {}
         values, value_bias, mixes, mix_bias = [], [], [], []
         for path in self.paths:
             pooling, prefix = fusion.pooling[path], f"pooling.{path}.attention."
+            assert isinstance(pooling, QueryPooling)
             (query, query_bias), (key, _) = merged(f"{prefix}q_proj"), merged(f"{prefix}k_proj")
             queries = (pooling.queries @ query.transpose(1, 2) + query_bias).unflatten(2, (self.heads, -1))
             queries = queries * queries.shape[-1] ** -0.5
@@ -160,7 +163,7 @@ class StackedFusion(nn.Module):
         kept |= {"pooled": pooled.flatten(0, 1), "pooled_bias": pooled_bias.repeat(len(adapters))}
         parts = [merged(f"attention.{name}") for name in ("q_proj", "k_proj", "v_proj")]
         kept["qkv"] = torch.cat([weight for weight, _ in parts], dim=1).transpose(1, 2)
-        kept["qkv_bias"] = torch.cat([_no_bias(weight) if bias is None else bias for weight, bias in parts])
+        kept["qkv_bias"] = torch.cat([bias for _, bias in parts])
         for name, layer_name in (("attended", "attention.out_proj"), ("up", "up_proj"), ("down", "down_proj")):
             weight, bias = merged(layer_name)
             kept[name], kept[f"{name}_bias"] = weight.transpose(1, 2), bias
@@ -168,10 +171,14 @@ class StackedFusion(nn.Module):
         kept["out"], kept["out_bias"] = fusion.out_proj.weight, fusion.out_proj.bias
         kept["out_a"], kept["out_b"] = _padded([one.lora.get("out_proj") for one in adapters], fusion.out_proj)
         for name in ("norm1", "norm2", "norm"):
-            norm = fusion.get_submodule(name)
-            kept[f"{name}_weight"], kept[f"{name}_bias"] = norm.weight, norm.bias
+            kept[f"{name}_weight"] = fusion.get_parameter(f"{name}.weight")
+            kept[f"{name}_bias"] = fusion.get_parameter(f"{name}.bias")
         for name, tensor in kept.items():
             self.register_buffer(name, tensor.detach().clone().contiguous(), persistent=False)
+
+    if TYPE_CHECKING:
+        # Buffers are tensors; torch's own annotation says that they might be modules as well.
+        def __getattr__(self, name: str) -> Any: ...
 
     def forward(self, memories: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
         """See `Fusion.forward`."""
@@ -214,11 +221,6 @@ class StackedFusion(nn.Module):
         scores = torch.matmul(getattr(self, f"asked_{path}"), normed.transpose(1, 2))
         scores = scores.masked_fill(~mask[:, None, :], -1e4)
         return torch.bmm(torch.softmax(scores, dim=-1), normed)
-
-
-def _no_bias(weight: Tensor) -> Tensor:
-    """The bias of a layer that has none."""
-    return weight.new_zeros(weight.shape[1])
 
 
 def _padded(pairs: Sequence[tuple[Tensor, Tensor] | None], layer: nn.Linear) -> tuple[Tensor, Tensor]:
