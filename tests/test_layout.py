@@ -34,7 +34,7 @@ LAYERS = (
     {"leads", "tasks"},
     {"wfdb_files", "ecg_files", "beats"},
     {"configuration_ecgmoe", "feature_extraction_ecgmoe"},
-    {"temporal", "routing", "fusion"},
+    {"temporal", "routing", "fusion", "encoder"},
     {"modeling_ecgmoe"},
     {"metrics", "adapter_card", "folding", "stacking", "adapters"},
     {"prediction", "answer_files"},
