@@ -33,8 +33,8 @@ class Embedder(MultiTask):
     def embed(self, windows: Sequence[dict[str, Any]]) -> np.ndarray:
         """Prepared windows to float32 (windows, record_size)."""
         features = self.extractor.pad(windows, return_tensors="pt")
-        output = self.model.ecgmoe(**{name: features[name].to(self.model.device) for name in SIGNAL_KEYS})
-        return output.pooler_output.float().cpu().numpy()
+        encoded = self.encoder(**{name: features[name].to(self.device) for name in SIGNAL_KEYS})
+        return self.fusion(encoded.memories())[0].float().cpu().numpy()
 
     def answer(self, prepared: Sequence[Prepared], batch_size: int = 32) -> list[dict[str, Any]]:
         """{"embedding": record_size numbers} for each recording, the mean over its windows."""

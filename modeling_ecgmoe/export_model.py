@@ -71,13 +71,13 @@ class TaskGraph(nn.Module):
 
     def __init__(self, many: MultiTask) -> None:
         super().__init__()
-        num_tokens = -(-many.extractor.window_samples // many.model.config.token_stride)
+        num_tokens = -(-many.extractor.window_samples // many.config.token_stride)
         self.encoder = copy.deepcopy(many.encoder)
         for module in list(self.encoder.modules()):
             for name, child in module.named_children():
                 if isinstance(child, StateSpace):
                     setattr(module, name, GraphStateSpace(child, num_tokens))
-        self.fusion = many.fusion()
+        self.fusion = many.stacked()
         self.many = many
 
     def forward(

@@ -37,7 +37,7 @@ LAYERS = (
     {"recording"},
     {"wfdb_files", "array_files", "mat_files", "device_files", "xml_files", "dicom_files", "ecg_files", "beats"},
     {"configuration_ecgmoe", "feature_extraction_ecgmoe"},
-    {"temporal", "routing", "fusion"},
+    {"temporal", "routing", "fusion", "encoder"},
     {"modeling_ecgmoe", "classification_ecgmoe"},
     {"metrics", "adapter_card", "folding", "stacking", "adapters", "lora"},
     {"record_answers"},

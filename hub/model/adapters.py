@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,10 +20,14 @@ from torch import Tensor
 
 from .adapter_card import CARD_FILE, AdapterCard
 from .configuration_ecgmoe import EcgMoeConfig
+from .encoder import EcgMoeEncoderOutput, add_prior
 from .feature_extraction_ecgmoe import EcgMoeFeatureExtractor, Prepared
-from .folding import folded
-from .modeling_ecgmoe import EcgMoeEncoderOutput, EcgMoeForTasks, add_prior
+from .folding import WEIGHTS_FILE, Backbone, folded
+from .fusion import Fusion
 from .stacking import CONFIG_FILE, AdapterWeights, StackedFusion
+
+if TYPE_CHECKING:
+    from .modeling_ecgmoe import EcgMoeForTasks
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +67,7 @@ HASHED_FIELDS = (
 SIGNAL_KEYS = ("input_values", "lead_mask", "sample_mask", "r_peaks", "rr_intervals_s", "period_s")
 
 
-def fingerprint(model: EcgMoeForTasks) -> str:
+def fingerprint(model: "EcgMoeForTasks | Backbone") -> str:
     """A short hash of configuration and weights of backbone and fusion: what an adapter must find unchanged.
 
     Heads do not count, and weights count at half precision, so that a copy saved in float16 is the same base.
@@ -78,11 +82,15 @@ def fingerprint(model: EcgMoeForTasks) -> str:
         and (name in HASHED_FIELDS or value != json.loads(json.dumps(getattr(config_class, name), default=list)))
     }
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
-    for name, weight in sorted(model.ecgmoe.state_dict().items()):
+    for name, weight in sorted(_backbone_of(model).state_dict().items()):
         if weight.is_floating_point():
             digest.update(name.encode())
             digest.update(weight.detach().cpu().to(torch.float16).contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _backbone_of(model: "EcgMoeForTasks | Backbone") -> Any:
+    return getattr(model, "ecgmoe", model)
 
 
 @dataclass
@@ -108,19 +116,36 @@ class Explanation:
 class MultiTask:
     """A backbone and any number of task adapters: one backbone pass, one batched fusion, all answers."""
 
-    def __init__(self, model: EcgMoeForTasks, extractor: EcgMoeFeatureExtractor, name: str = "") -> None:
-        """name: what the model is called where it does not fit, *optional*, from where it was loaded.
+    def __init__(self, model: "EcgMoeForTasks | Backbone", extractor: EcgMoeFeatureExtractor, name: str = "") -> None:
+        """name: what the model is called, its folder or id, *optional*, from where it was loaded.
 
         `encoder` is made from the weights that the model has now.
         """
-        self.model = model.eval()
-        self.encoder = folded(model.ecgmoe.encoder)
+        backbone = _backbone_of(model.eval())
+        self.config: EcgMoeConfig = model.config
+        self.fusion: Fusion = backbone.fusion
+        self.encoder = folded(backbone.encoder)
         self.extractor = extractor
-        self.name = name or model.name_or_path or "a model in memory"
+        self.name = name or getattr(model, "name_or_path", "") or "a model in memory"
         self.base = fingerprint(model)
         self.cards: dict[str, AdapterCard] = {}
+        self._model = None if isinstance(model, Backbone) else model
         self._weights: dict[str, AdapterWeights] = {}
         self._stacked: StackedFusion | None = None
+
+    @property
+    def model(self) -> "EcgMoeForTasks":
+        """The model with the heads of its checkpoint, as transformers has it: loaded when first asked for."""
+        if self._model is None:
+            from .modeling_ecgmoe import EcgMoeForTasks
+
+            self._model = EcgMoeForTasks.from_pretrained(_folder_of(self.name, None), dtype=torch.float32).eval()
+        return self._model
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.fusion.parameters()).device
 
     @classmethod
     def from_pretrained(
@@ -144,8 +169,8 @@ class MultiTask:
             ValueError: an adapter was made for another base, or adapts more than the fusion.
         """
         folder = _folder_of(model, revision)
-        loaded = EcgMoeForTasks.from_pretrained(folder, dtype=torch.float32)
-        many = cls(loaded, EcgMoeFeatureExtractor.from_pretrained(folder), str(model))
+        name = str(model) if revision is None else f"{model}@{revision}"
+        many = cls(_load(folder), EcgMoeFeatureExtractor.from_pretrained(folder), name)
         for source in _adapter_sources(str(model), folder, tasks):
             try:
                 many.load(source)
@@ -174,7 +199,7 @@ class MultiTask:
                 f"{self.base} ({self.name}); load the model it was made for"
             )
         name = card.task.name
-        self._weights[name] = AdapterWeights.load(folder, card.task, self.model.ecgmoe.fusion)
+        self._weights[name] = AdapterWeights.load(folder, card.task, self.fusion)
         self.cards[name] = card
         self._stacked = None
         return name
@@ -224,13 +249,13 @@ class MultiTask:
     def logits(self, windows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
         """task to logits (windows, outputs), from one backbone pass."""
         features = self.extractor.pad(windows, return_tensors="pt")
-        encoded = self.encoder(**{name: features[name].to(self.model.device) for name in SIGNAL_KEYS})
+        encoded = self.encoder(**{name: features[name].to(self.device) for name in SIGNAL_KEYS})
         return {name: value.float().cpu().numpy() for name, value in self.task_logits(encoded).items()}
 
-    def fusion(self) -> StackedFusion:
+    def stacked(self) -> StackedFusion:
         """The fusion of all adapters that are loaded now."""
         if self._stacked is None:
-            self._stacked = StackedFusion(self.model.ecgmoe.fusion, list(self._weights.values()))
+            self._stacked = StackedFusion(self.fusion, list(self._weights.values()))
         return self._stacked
 
     def task_logits(self, encoded: EcgMoeEncoderOutput) -> dict[str, Tensor]:
@@ -238,7 +263,7 @@ class MultiTask:
         if not self.cards:
             return {}
         assert encoded.period_s is not None  # the encoder always gives it
-        embeddings = self.fusion()(encoded.memories())
+        embeddings = self.stacked()(encoded.memories())
         return {
             name: add_prior(
                 torch.nn.functional.linear(embedding, *self._weights[name].head),
@@ -253,15 +278,15 @@ class MultiTask:
         """What the network looked at in the first window, with the fusion as pretrained."""
         window = prepared.windows[0]
         features = self.extractor.pad([window], return_tensors="pt")
-        output = self.model.ecgmoe(**{name: features[name] for name in SIGNAL_KEYS}, output_attentions=True)
-        encoder, beats = output.encoder, len(window["r_peaks"])
+        encoder, beats = self.encoder(**{name: features[name] for name in SIGNAL_KEYS}), len(window["r_peaks"])
+        _, attentions = self.fusion(encoder.memories())
         weights = encoder.family_weights[0][encoder.token_mask[0]].mean(dim=0)
-        experts = self.model.config.num_experts
+        experts = self.config.num_experts
         beat_probs, rhythm_probs = (
             probs[-1][0].numpy() if probs else np.zeros((0, experts))
             for probs in (encoder.morphology_router_probs, encoder.rhythm_router_probs)
         )
-        attention = (output.attentions or {}).get("morphology")
+        attention = attentions.get("morphology")
         return Explanation(
             sampling_rate=self.extractor.sampling_rate,
             input_mv=window["input_values"] * self.extractor.scale_mv,
@@ -269,10 +294,17 @@ class MultiTask:
             beat_experts=beat_probs[1 : 1 + beats],
             rhythm_experts=rhythm_probs,
             beat_attention=np.zeros(beats) if attention is None else attention[0, 1 : 1 + beats].numpy(),
-            family_weights={
-                name: float(weight) for name, weight in zip(self.model.config.families, weights, strict=True)
-            },
+            family_weights={name: float(weight) for name, weight in zip(self.config.families, weights, strict=True)},
         )
+
+
+def _load(folder: Path) -> "EcgMoeForTasks | Backbone":
+    """The weights, by way of transformers only where they lie in several files: it takes seconds to import."""
+    if (folder / WEIGHTS_FILE).is_file() or not (folder / f"{WEIGHTS_FILE}.index.json").is_file():
+        return Backbone.load(folder)
+    from .modeling_ecgmoe import EcgMoeForTasks
+
+    return EcgMoeForTasks.from_pretrained(folder, dtype=torch.float32)
 
 
 def default_model() -> Path:
@@ -317,7 +349,7 @@ def _adapter_sources(model: str, folder: Path, tasks: Sequence[str] | None) -> l
     found = sorted(path.parent.name for path in beside.glob(f"*/{CARD_FILE}")) if Path(model).is_dir() else []
     if tasks is None and Path(model).is_dir():
         return [str(beside / name) for name in found]
-    names = list(tasks) if tasks is not None else list(EcgMoeForTasks.config_class.from_pretrained(folder).tasks or {})
+    names = list(tasks) if tasks is not None else list(EcgMoeConfig.from_pretrained(folder).tasks or {})
     sources = []
     for name in names:
         if name in found:

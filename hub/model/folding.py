@@ -7,16 +7,49 @@ here is saved or trained.
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .modeling_ecgmoe import EcgMoeEncoder
+from .configuration_ecgmoe import EcgMoeConfig
+from .encoder import EcgMoeEncoder
+from .fusion import Fusion
 from .routing import MixtureLayer, Routing
 from .temporal import ConvFamily, ResidualTrunk, SsmFamily, StateSpace, stage_masks
+
+WEIGHTS_FILE = "model.safetensors"
+
+
+class Backbone(nn.Module):
+    """Encoder and fusion of a checkpoint, without heads and without what transformers adds to a model."""
+
+    def __init__(self, config: EcgMoeConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder, self.fusion = EcgMoeEncoder(config), Fusion(config)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Backbone":
+        """Read the weights of a model, in float32.
+
+        Raises:
+            FileNotFoundError: they do not lie in one file.
+            RuntimeError: they do not fit the configuration.
+        """
+        file = folder / WEIGHTS_FILE
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder} holds no {WEIGHTS_FILE}")
+        with torch.device("meta"):
+            backbone = cls(EcgMoeConfig.from_pretrained(folder))
+        named = {name.removeprefix("ecgmoe."): value for name, value in load_file(file).items()}
+        weights = {name: value for name, value in named.items() if name.split(".")[0] in ("encoder", "fusion")}
+        backbone.load_state_dict(weights, assign=True)
+        return backbone.float().eval()
 
 
 def folded(encoder: EcgMoeEncoder) -> EcgMoeEncoder:

@@ -24,63 +24,23 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.integrations import use_experts_implementation
 from transformers.utils import ModelOutput, is_peft_available
 
 from .configuration_ecgmoe import EcgMoeConfig
+from .encoder import EcgMoeEncoder, EcgMoeEncoderOutput, add_prior
 from .fusion import Fusion, QueryPooling
-from .routing import (
-    Experts,
-    MorphologyPath,
-    RhythmPath,
-    Router,
-    Routing,
-    load_balancing_loss,
-    router_z_loss,
-    rr_features,
-)
+from .routing import Experts, MorphologyPath, RhythmPath, Router
 from .tasks import Task
-from .temporal import CardiacClock, StateSpace, TemporalFeatures
+from .temporal import StateSpace, TemporalFeatures
 
 PIPELINE_TASK = "ecg-analysis"
 PIPELINES = {
     PIPELINE_TASK: {"impl": "pipeline_ecgmoe.EcgMoePipeline", "pt": ["AutoModelForTimeSeriesPrediction"]},
 }
 
-
-@dataclass
-class EcgMoeEncoderOutput(ModelOutput):
-    """What the backbone knows of a batch, the same for every task.
-
-    Args:
-        last_hidden_state: tokens (b, s, d), and `token_mask` (b, s).
-        beat_hidden_state: (b, 1 + n, d), the mean beat first, and `beat_mask` (b, 1 + n).
-        rhythm_hidden_state: (b, m, d), coarse stretches and then RR intervals, and `rhythm_mask` (b, m).
-        family_weights: (b, s, families), what the gate gives each temporal family.
-        morphology_router_probs, rhythm_router_probs: one tensor (b, n, e) for each layer of the path.
-        period_s: (b,), the heart period the model was told, 0 where unknown.
-        aux_loss: the weighted router losses, a scalar; only in training.
-    """
-
-    last_hidden_state: Tensor | None = None
-    token_mask: Tensor | None = None
-    beat_hidden_state: Tensor | None = None
-    beat_mask: Tensor | None = None
-    rhythm_hidden_state: Tensor | None = None
-    rhythm_mask: Tensor | None = None
-    family_weights: Tensor | None = None
-    morphology_router_probs: tuple[Tensor, ...] | None = None
-    rhythm_router_probs: tuple[Tensor, ...] | None = None
-    period_s: Tensor | None = None
-    aux_loss: Tensor | None = None
-
-    def memories(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """The states that the fusion reads, with their masks."""
-        pairs = {
-            "tokens": (self.last_hidden_state, self.token_mask),
-            "morphology": (self.beat_hidden_state, self.beat_mask),
-            "rhythm": (self.rhythm_hidden_state, self.rhythm_mask),
-        }
-        return {name: (state, mask) for name, (state, mask) in pairs.items() if state is not None and mask is not None}
+# As a decorator in routing.py it would make inference load what only models of transformers need.
+use_experts_implementation(Experts)
 
 
 @dataclass
@@ -200,109 +160,6 @@ class EcgMoePreTrainedModel(PreTrainedModel):
             init.normal_(module.kind, std=std)
         else:
             super()._init_weights(module)
-
-
-class EcgMoeEncoder(nn.Module):
-    """The backbone: everything that does not depend on the task."""
-
-    def __init__(self, config: EcgMoeConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.temporal = TemporalFeatures(config)
-        self.paths = nn.ModuleDict(
-            {name: {"morphology": MorphologyPath, "rhythm": RhythmPath}[name](config) for name in config.paths}
-        )
-
-    def forward(
-        self,
-        input_values: Tensor,
-        lead_mask: Tensor | None = None,
-        sample_mask: Tensor | None = None,
-        r_peaks: Tensor | None = None,
-        rr_intervals_s: Tensor | None = None,
-        period_s: Tensor | None = None,
-    ) -> EcgMoeEncoderOutput:
-        """See `EcgMoeModel.forward`."""
-        config, stride, rate = self.config, self.config.token_stride, self.config.sampling_rate
-        batch, samples = _checked_shape(input_values, config)
-        if sample_mask is None:
-            sample_mask = input_values.new_ones(batch, samples, dtype=torch.bool)
-        if lead_mask is not None:
-            input_values = input_values * lead_mask[:, :, None]
-        input_values = input_values * sample_mask[:, None, :]
-        input_values = functional.pad(input_values, (0, -samples % stride))
-        sample_mask = functional.pad(sample_mask, (0, -samples % stride), value=False)
-        token_mask = sample_mask.unflatten(1, (-1, stride)).any(dim=2)
-        if r_peaks is None:
-            r_peaks = input_values.new_full((batch, 1), -1.0)
-        r_peaks = r_peaks.float()
-        beat_mask = r_peaks >= 0
-        if rr_intervals_s is None:
-            following = beat_mask & functional.pad(beat_mask, (1, 0))[:, :-1]
-            rr_intervals_s = functional.pad(r_peaks, (1, 0))[:, 1:] - functional.pad(r_peaks, (1, 0))[:, :-1]
-            rr_intervals_s = rr_intervals_s / rate * following
-        if period_s is None:
-            count = (rr_intervals_s > 0).sum(dim=1).clamp(min=1)
-            period_s = rr_intervals_s.sum(dim=1) / count
-        # With the width of the model's numbers, so that half-precision models run too.
-        dtype = self.temporal.norm.weight.dtype
-        input_values, period = input_values.to(dtype), period_s.float() * rate
-        sample_clock = CardiacClock(
-            r_peaks, period, torch.arange(input_values.shape[2], device=r_peaks.device).float()
-        )
-        token_times = torch.arange(token_mask.shape[1], device=r_peaks.device) * float(stride) + 0.5 * stride
-        token_clock = CardiacClock(r_peaks, period, token_times).features(rate, period).to(dtype)
-
-        tokens, family_weights = self.temporal(input_values, token_mask, sample_mask, sample_clock, token_clock)
-        routings: dict[str, tuple[list[Routing], Tensor]] = {}
-        output = EcgMoeEncoderOutput(
-            last_hidden_state=tokens, token_mask=token_mask, family_weights=family_weights, period_s=period_s
-        )
-        beats = rr_features(rr_intervals_s.float(), period_s.float(), beat_mask).to(dtype)
-        if "morphology" in self.paths:
-            at_beats = _clock_at_beats(r_peaks, rr_intervals_s, period_s, beat_mask, beats)
-            path = self.paths["morphology"](input_values, tokens, token_mask, r_peaks, beat_mask, at_beats.to(dtype))
-            output.beat_hidden_state, output.beat_mask = path.hidden, path.mask
-            output.morphology_router_probs = tuple(torch.softmax(r.logits, dim=-1) for r in path.routings)
-            routings["morphology"] = (path.routings, path.mask)
-        if "rhythm" in self.paths:
-            path = self.paths["rhythm"](tokens, token_mask, r_peaks, beat_mask, beats)
-            output.rhythm_hidden_state, output.rhythm_mask = path.hidden, path.mask
-            output.rhythm_router_probs = tuple(torch.softmax(r.logits, dim=-1) for r in path.routings)
-            routings["rhythm"] = (path.routings, path.mask)
-        if self.training:
-            output.aux_loss = self._router_losses(routings)
-        return output
-
-    def _router_losses(self, routings: dict[str, tuple[list[Routing], Tensor]]) -> Tensor:
-        total = torch.zeros((), device=self.temporal.norm.weight.device)
-        for layers, mask in routings.values():
-            for routing in layers:
-                balance = load_balancing_loss(routing.logits, routing.experts, mask)
-                total = total + self.config.router_aux_loss_coef * balance
-                total = total + self.config.router_z_loss_coef * router_z_loss(routing.logits, mask)
-        return total
-
-
-def _checked_shape(input_values: Tensor, config: EcgMoeConfig) -> tuple[int, int]:
-    if input_values.ndim != 3 or input_values.shape[1] != len(config.leads):
-        raise ValueError(
-            f"`input_values` must have shape (batch, {len(config.leads)} leads, samples), found "
-            f"{tuple(input_values.shape)}; EcgMoeFeatureExtractor makes it from any recording"
-        )
-    return input_values.shape[0], input_values.shape[2]
-
-
-def _clock_at_beats(
-    r_peaks: Tensor, rr_intervals_s: Tensor, period_s: Tensor, beat_mask: Tensor, beats: Tensor
-) -> Tensor:
-    """The clock features of beats, (b, n, CLOCK_FEATURES): phase is 0 there by definition, the rest is their RR."""
-    before, after = beats[..., 0], beats[..., 1]
-    zeros, ones = torch.zeros_like(before), torch.ones_like(before)
-    known = (before > 0).to(before.dtype)
-    columns = [before, after, beats[..., 2], beats[..., 3], beats[..., 4], beats[..., 5]]
-    columns += [period_s[:, None].to(before.dtype) * ones, known, zeros, ones]
-    return torch.stack(columns, dim=-1) * beat_mask[..., None]
 
 
 class EcgMoeModel(EcgMoePreTrainedModel):
@@ -436,21 +293,6 @@ class EcgMoeForTasks(EcgMoePreTrainedModel):
             attentions=output.attentions,
             encoder=output.encoder,
         )
-
-
-# A regression with a measured prior learns only a correction; it moves in steps of this share of the task's spread.
-CORRECTION_SHARE = 0.05
-
-
-def add_prior(logits: Tensor, task: Task, period_s: Tensor) -> Tensor:
-    """Start a regression from what the feature extractor measured: the RR task from the mean RR of the found beats.
-
-    Where nothing was measured the head's own value counts, in full.
-    """
-    if not task.prior:
-        return logits
-    measured = (period_s[:, None].to(logits.dtype) * 1000.0 - task.center) / task.spread
-    return torch.where(period_s[:, None] > 0, measured + CORRECTION_SHARE * logits, logits)
 
 
 def task_loss(task: Task, logits: Tensor, labels: Tensor) -> Tensor:

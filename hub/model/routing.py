@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.integrations import use_experts_implementation
 
 from .configuration_ecgmoe import EcgMoeConfig
 from .temporal import CLOCK_FEATURES, DropPath, SelfAttention, time_features
@@ -38,13 +37,12 @@ class Router(nn.Module):
         return Routing(logits, weights, experts)
 
 
-@use_experts_implementation
 class Experts(nn.Module):
     """Gated feed-forward experts as 3-D parameters.
 
     The form here computes all experts for all elements and weighs the chosen ones: with a few small experts this is
     faster on CPUs than sorting elements. `experts_implementation="grouped_mm"` or `"batched_mm"`
-    of `from_pretrained` computes the chosen ones only.
+    of `from_pretrained` computes the chosen ones only, see modeling_ecgmoe.py.
     """
 
     def __init__(self, config: EcgMoeConfig) -> None:
