@@ -99,6 +99,8 @@ class PotassiumRule:
         object.__setattr__(self, "specimens", tuple(self.specimens))
         if not self.specimens or not set(self.specimens) <= ITEM_IDS.keys():
             raise ValueError(f"specimens must be some of {', '.join(ITEM_IDS)}, found {self.specimens}")
+        if len(set(self.specimens)) < len(self.specimens):
+            raise ValueError(f"specimens must be named once, found {self.specimens}")
         if not self.max_distance_min >= 0:
             raise ValueError(f"max_distance_min must not be negative, found {self.max_distance_min}")
         if not self.low_mmol_l <= self.high_mmol_l:
@@ -408,7 +410,11 @@ def label_ecgs(data_dir: Path, clinical_dir: Path | None, rule: PotassiumRule) -
             "is MIMIC-IV (https://doi.org/10.13026/kpb9-mt58, for credentialed users) or its folder hosp"
         )
     ecgs = with_patients(ecgs, patients, counts)
-    ecgs = with_admissions(ecgs, admissions) if admissions else ecgs.with_columns(hadm_id=pl.lit(None, pl.Int64))
+    if admissions is None:
+        logger.warning("%s holds no admissions: hadm_id is null", clinical_dir)
+        ecgs = ecgs.with_columns(hadm_id=pl.lit(None, pl.Int64))
+    else:
+        ecgs = with_admissions(ecgs, admissions)
     values = read_potassium(labevents, rule, counts)
     ecgs = closest_potassium(ecgs, values, rule)
     counts.ecgs |= {

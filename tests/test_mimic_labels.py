@@ -177,6 +177,7 @@ def test_without_a_value_nothing_is_known(tmp_path: Path) -> None:
     [
         ({"specimens": ()}, "specimens must be some of serum, whole_blood"),
         ({"specimens": ("urine",)}, "specimens must be some of serum, whole_blood, found"),
+        ({"specimens": ("serum", "serum")}, "specimens must be named once"),
         ({"max_distance_min": -1}, "max_distance_min must not be negative"),
         ({"max_distance_min": float("nan")}, "max_distance_min must not be negative"),
         ({"low_mmol_l": 6}, "low_mmol_l must not be above high_mmol_l"),
@@ -227,8 +228,9 @@ def test_the_admission_is_that_in_whose_time_the_ecg_lies(tmp_path: Path) -> Non
     assert row["hadm_id"] is None
 
 
-def test_admissions_may_lack(tmp_path: Path) -> None:
+def test_admissions_may_lack_and_it_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ((row,), _) = label(tmp_path, [lab(PATIENT, NOON)])
+    assert "holds no admissions: hadm_id is null" in caplog.text
     assert (row["hadm_id"], row["potassium_mmol_l"]) == (None, 4.0)
 
 
