@@ -50,10 +50,20 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exported(model: Path, records: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def program(many: MultiTask, records: Path) -> torch.export.ExportedProgram:
+    """The traced model, which takes most of the time and is the same for all forms."""
+    return export_model.trace(many, read_windows(many, records))
+
+
+@pytest.fixture(scope="module")
+def exported(
+    model: Path, records: Path, program: torch.export.ExportedProgram, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """What the command wrote, the 8-bit variant included."""
     out = tmp_path_factory.mktemp("exported") / "onnx"
-    assert main(["export", "--model", str(model), "--out", str(out), "--check", str(records), "--int8"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_model, "trace", lambda *_: program)
+        assert main(["export", "--model", str(model), "--out", str(out), "--check", str(records), "--int8"]) == 0
     return out
 
 
@@ -112,11 +122,14 @@ def test_what_the_page_says_to_run_runs_and_gives_what_is_expected(exported: Pat
 
 
 def test_a_program_of_torch_answers_too_and_one_that_differs_is_refused(
-    model: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path,
+    records: Path,
+    program: torch.export.ExportedProgram,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    many = MultiTask.from_pretrained(model, ["sex"])
-    program = export_model.trace(many, read_windows(many, records))
-    monkeypatch.setattr(export_model, "trace", lambda *_: program)  # which takes most of the time
+    many = MultiTask.from_pretrained(model, TASKS)
+    monkeypatch.setattr(export_model, "trace", lambda *_: program)
     export_model.export_model(many, tmp_path / "good", "torch_export", [records])
     report = json.loads((tmp_path / "good" / "export.json").read_text())
     assert report["files"]["model.pt2"]["largest_difference"] <= 1e-4
