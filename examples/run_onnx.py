@@ -35,7 +35,7 @@ def filtered(signal: np.ndarray, rate_in: float, settings: dict) -> np.ndarray:
 
 
 def find_r_peaks(signal: np.ndarray, rate: float) -> np.ndarray:
-    """R peaks in samples: steep, higher than 40 % of a usual QRS, at least 0.25 s apart; moved to the top of the wave."""
+    """R peaks in samples: steep, above 40 % of a usual QRS, at least 0.25 s apart; moved to the top of the wave."""
     steep = np.sqrt(np.convolve((np.gradient(signal, axis=1) ** 2).sum(axis=0), np.ones(9) / 9, mode="same"))
     near, second = int(0.25 * rate), int(rate)
     highest = np.lib.stride_tricks.sliding_window_view(np.pad(steep, near), 2 * near + 1).max(axis=1)

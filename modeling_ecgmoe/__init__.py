@@ -85,8 +85,8 @@ def _register_feature_extractor(auto: ModuleType) -> None:
 
 
 def _register_models(auto: ModuleType) -> None:
-    from .configuration_ecgmoe import EcgMoeConfig
     from .classification_ecgmoe import EcgMoeForSequenceClassification
+    from .configuration_ecgmoe import EcgMoeConfig
     from .modeling_ecgmoe import EcgMoeForTasks, EcgMoeModel
 
     auto.AutoModel.register(EcgMoeConfig, EcgMoeModel, exist_ok=True)

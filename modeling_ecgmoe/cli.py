@@ -49,9 +49,12 @@ Exit status: 0 all embedded, 1 some records failed, 2 refused as asked, 130 inte
 HELP_EXPORT = """\
 Write the backbone and all task adapters as one graph for other runtimes, and prove that it answers alike.
 
-Inputs are what the feature extractor makes, any number of records, samples (a multiple of 8) and beats at once; the
+Inputs are what the feature extractor makes, for any number of records and beats at once, padded to ten seconds; the
 outputs are the logits of each task. The folder holds the graph, the tasks' cards, preprocessor_config.json,
-export.json with sizes and differences, check.npz with prepared inputs and the answers to them, and a README."""
+export.json with sizes and differences, check.npz with prepared inputs and their answers, and a README on how to run.
+
+With --int8, model_int8.onnx has 8-bit convolutions, whose ranges come from the recordings of --check: name some dozens
+of your own. It is not held to 1e-4; benchmarks/results/export.json has what it loses."""
 EPILOG_EXPORT = """\
 Needs the extra `onnx` for --format onnx: pip install 'ecg-moe[onnx]'.
 Nothing is left in --out where an answer differs by more than 1e-4 from PyTorch.
@@ -172,8 +175,14 @@ def _add_export(commands: Any) -> None:
     add("--tasks", metavar="A,B", help="names, folders or ids of task adapters (default: all of the model)")
     add("--out", type=Path, metavar="DIR", required=True, help="the folder to write, empty or not there yet")
     add("--format", choices=("onnx", "torch_export"), default="onnx", help="(default: onnx)")
-    add("--check", nargs="+", type=Path, metavar="PATH", help="ECG files, and folders of them, to compare on")
-    add("--int8", action="store_true", help="write model_int8.onnx too, with 8-bit weights")
+    add(
+        "--check",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="ECG files or folders to compare on (default: the examples)",
+    )
+    add("--int8", action="store_true", help="write model_int8.onnx too; needs --check")
     add("--quiet", action="store_true", help="nothing on stdout")
 
 

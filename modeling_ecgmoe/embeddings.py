@@ -68,7 +68,7 @@ class EmbeddingTable:
             import pyarrow.parquet as pq
         except ModuleNotFoundError as error:
             raise CommandError(
-                f"--out {path} needs pyarrow, which comes with the extra `data`: pip install 'ecg-moe[data]'"
+                f"--out {path} needs pyarrow, which is not installed; pip install 'ecg-moe[embed]'"
             ) from error
         self.schema = pa.schema(
             [

@@ -4,6 +4,7 @@ Whoever runs the graph gives what the feature extractor makes and gets logits (b
 holds what turns them into answers. Nothing is written that was not compared with PyTorch.
 """
 
+import contextlib
 import copy
 import json
 import shutil
@@ -18,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from .adapters import SIGNAL_KEYS, MultiTask
 from .ecg_files import find_ecgs, read_ecg
@@ -29,6 +29,7 @@ TOLERANCE = 1e-4
 PROGRAMS = {"onnx": "model.onnx", "torch_export": "model.pt2"}
 INT8 = "model_int8.onnx"
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
+AXES = ("batch", "beats")
 OPSET = 20  # the first in which GELU is an operator
 Windows = Sequence[dict[str, Any]]
 Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
@@ -49,7 +50,7 @@ class GraphStateSpace(nn.Module):
 
     def __init__(self, layer: StateSpace, length: int) -> None:
         super().__init__()
-        self.norm, self.mix, self.length = layer.norm, layer.mix, length
+        self.layer, self.length = layer, length
         past, future = layer.kernel(length).float().split(length, dim=1)
         lags = torch.cat([future[:, 1:], past], dim=1)  # from 1 - length to length - 1
         lags[:, length - 1] += layer.skip
@@ -60,10 +61,8 @@ class GraphStateSpace(nn.Module):
         steps = torch.arange(self.length, device=x.device)
         lag = (steps[:, None] - steps + self.length - 1).flatten()
         matrix = self.lags.index_select(1, lag).unflatten(1, (self.length, self.length))
-        u = self.norm(x) * mask.transpose(1, 2)
-        y = torch.matmul(matrix, u.permute(2, 1, 0)).permute(2, 1, 0)
-        value, gate = self.mix(functional.gelu(y)).chunk(2, dim=-1)
-        return x + value * torch.sigmoid(gate)
+        u = self.layer.norm(x) * mask.transpose(1, 2)
+        return self.layer.mixed(x, torch.matmul(matrix, u.permute(2, 1, 0)).permute(2, 1, 0))
 
 
 class TaskGraph(nn.Module):
@@ -75,8 +74,8 @@ class TaskGraph(nn.Module):
         self.encoder = copy.deepcopy(many.encoder)
         for module in list(self.encoder.modules()):
             for name, child in module.named_children():
-                if isinstance(child, StateSpace):
-                    setattr(module, name, GraphStateSpace(child, num_tokens))
+                if isinstance(child, FoldedStateSpace):
+                    setattr(module, name, GraphStateSpace(child.layer, num_tokens))
         self.fusion = many.stacked()
         self.many = many
 
@@ -125,6 +124,7 @@ def write_onnx(program: torch.export.ExportedProgram, tasks: Sequence[str], path
         ExportError: the packages of the extra `onnx` are missing.
     """
     try:
+        import onnx
         import onnxruntime  # noqa: F401  to say so before minutes have gone
         from onnxscript import opset18 as op
         from onnxscript import optimizer
@@ -150,7 +150,63 @@ def write_onnx(program: torch.export.ExportedProgram, tasks: Sequence[str], path
         )
     assert translated is not None
     optimizer.optimize_ir(translated.model, num_iterations=1, onnx_shape_inference=False)
-    translated.save(path)
+    model = translated.model_proto
+    del model.graph.value_info[:]  # every runtime infers them, and they name axes as the tracer did
+    peaks = next(value for value in model.graph.input if value.name == "r_peaks")
+    names = {dim.dim_param: name for dim, name in zip(peaks.type.tensor_type.shape.dim, AXES, strict=True)}
+    for value in (*model.graph.input, *model.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in names:
+                dim.dim_param = names[dim.dim_param]
+    onnx.save(model, path)
+
+
+def write_int8(source: Path, path: Path, batches: Sequence[dict[str, np.ndarray]]) -> None:
+    """Quantise an ONNX file to 8-bit integers: weights by channel, activations by the range that the batches show.
+
+    Heads keep their precision: what they lose goes straight into the answers. So do products of two activations.
+
+    Args:
+        batches: inputs of real recordings; what they do not show is cut.
+    """
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Batches(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = iter(batches)
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            return next(self.left, None)
+
+    graph = onnx.load(source).graph
+    constants = {constant.name for constant in graph.initializer}
+    products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm")]
+    kept = [node.name for node in products if not constants.intersection(node.input)]
+    quantize_static(
+        source,
+        path,
+        Batches(),
+        quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=["Conv", "MatMul", "Gemm"],
+        nodes_to_exclude=kept + [node.name for node in _last_products(graph)],
+        per_channel=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
+
+
+def _last_products(graph: Any) -> list[Any]:
+    """The product that each output of an ONNX graph comes from."""
+    maker = {name: node for node in graph.node for name in node.output}
+    waiting, found = [maker[output.name] for output in graph.output], {}
+    while waiting:
+        node = waiting.pop()
+        if node.op_type in ("MatMul", "Gemm"):
+            found[node.name] = node
+        else:
+            waiting += [maker[name] for name in node.input if name in maker]
+    return list(found.values())
 
 
 # ----------------------------------------------------------------------------------------------------------- the check
@@ -245,16 +301,16 @@ def windows_of(many: MultiTask, paths: Sequence[Path]) -> list[dict[str, Any]]:
     examples = Path(__file__).resolve().parent.parent / "examples"
     files = find_ecgs(paths or [examples]) if paths or examples.is_dir() else []
     if not files:
-        raise ExportError("there is no ECG file to compare on; name some with --check")
+        raise ExportError("there is no ECG file to compare on; name some as check")
     windows = []
     for path in files:
         try:
             ecg = read_ecg(path)
             windows += many.prepare(ecg.signal, ecg.sampling_rate, ecg.lead_names).windows
-        except ValueError as error:
+        except (FileNotFoundError, ValueError) as error:
             raise ExportError(f"{path} cannot be compared on: {error}") from error
     if len(windows) < 2 or not any(len(window["r_peaks"]) > 1 for window in windows):
-        raise ExportError("at least two windows are compared on, one of them with two beats; name more with --check")
+        raise ExportError("at least two windows are compared on, one of them with two beats; name more as check")
     return windows
 
 
@@ -280,6 +336,8 @@ def export_model(
     """
     if form not in PROGRAMS:
         raise ExportError(f"unknown format {form!r}; known are {', '.join(PROGRAMS)}")
+    if int8 and (form != "onnx" or not check):
+        raise ExportError("8-bit numbers need format onnx, and recordings that show their ranges: name some as check")
     windows = windows_of(many, check)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=folder.name, dir=folder.parent) as temporary:
@@ -326,10 +384,8 @@ def _measured(many: MultiTask, path: Path, run: Run, windows: Windows) -> dict[s
 
 def _versions() -> Iterator[tuple[str, str]]:
     for name in PACKAGES:
-        try:
+        with contextlib.suppress(PackageNotFoundError):
             yield name, version(name)
-        except PackageNotFoundError:
-            pass
 
 
 def _write_rest(many: MultiTask, folder: Path, report: dict[str, Any], windows: Windows, run: Run) -> None:
@@ -344,5 +400,91 @@ def _write_rest(many: MultiTask, folder: Path, report: dict[str, Any], windows: 
     np.savez_compressed(
         folder / "check.npz", **inputs, **{f"logits_{name}": value for name, value in run(inputs).items()}
     )
-    lines = []
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "README.md").write_text(_page(many, report), encoding="utf-8")
+
+
+RUN = {
+    "onnx": """\
+import json
+import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession("model.onnx")
+tasks = json.load(open("tasks.json"))
+given = np.load("check.npz")
+inputs = {value.name: given[value.name] for value in session.get_inputs()}
+for name, logits in zip(tasks, session.run(list(tasks), inputs)):
+    print(name, logits[0], "expected", given[f"logits_{name}"][0])""",
+    "torch_export": """\
+import json
+import numpy as np
+import torch
+
+model = torch.export.load("model.pt2").module()
+given = np.load("check.npz")
+inputs = {name: torch.from_numpy(given[name]) for name in given if not name.startswith("logits_")}
+for name, logits in model(**inputs).items():
+    print(name, logits[0], "expected", given[f"logits_{name}"][0])""",
+}
+
+
+def _page(many: MultiTask, report: dict[str, Any]) -> str:
+    """How to run what lies in the folder."""
+    form = "onnx" if report["opset"] else "torch_export"
+    settings = many.extractor
+    tasks = [
+        f"| {name} | {card.task.kind.replace('_', ' ')} | {card.task.unit or ', '.join(card.task.labels[:12])} |"
+        for name, card in many.cards.items()
+    ]
+    files = [
+        f"| {name} | {found['mib']:.1f} MiB | {found['largest_difference']:.1e} |"
+        for name, found in report["files"].items()
+    ]
+    return f"""\
+# ECG-MoE, exported
+
+Backbone and {len(many.cards)} task adapters as one graph. Made from the model with fingerprint `{many.base}`.
+
+| file | size | largest difference of a logit from PyTorch |
+|---|---:|---:|
+{chr(10).join(files)}
+
+The differences are over {report["windows_compared"]} windows, and over batches with leads, beats and samples missing;
+`export.json` has each.
+
+## Inputs
+
+| name | shape | what |
+|---|---|---|
+| input_values | float32 (batch, 12, {settings.window_samples}) | mV / {settings.scale_mv} at \
+{settings.sampling_rate} Hz, band-passed; I II III aVR aVL aVF V1 to V6; 0 where missing |
+| lead_mask | bool (batch, 12) | which leads there are |
+| sample_mask | bool (batch, {settings.window_samples}) | False on padding: a shorter recording is padded at its end |
+| r_peaks | float32 (batch, beats) | R peaks in samples, -1 where there are no more |
+| rr_intervals_s | float32 (batch, beats) | seconds since the beat before, 0 where unknown or not within 0.2 to 3 s |
+| period_s | float32 (batch,) | the mean of the known intervals, 0 where unknown |
+
+`preprocessor_config.json` holds the band, the scale and the limits. The package's feature extractor makes all of it
+with numpy and scipy; `examples/run_onnx.py` of the source tree does it with numpy alone, and a shorter search for R
+peaks.
+
+## Outputs
+
+One for each task, named like it: logits, float32 (batch, outputs). Of a recording with several windows, average them.
+
+| task | kind | unit or labels |
+|---|---|---|
+{chr(10).join(tasks)}
+
+A regression is `logit * spread + center` in its unit, its interval `half_widths` to both sides (the key is the fewest
+leads it holds for). Classes are `sigmoid(logit / temperature)`, or the softmax of a multi class task; a label is given
+from its threshold on. All of it is in `tasks.json`.
+
+## Run
+
+```python
+{RUN[form]}
+```
+
+Research software, not a medical device: its answers must not guide the care of a patient.
+"""

@@ -1,4 +1,4 @@
-"""What users of transformers and PEFT do with every model, done with this one. The auto classes are in test_remote_code."""
+"""What users of transformers and PEFT do with every model; the auto classes are in test_remote_code."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def batch() -> dict[str, Tensor]:
-    signals = [synthetic_ecg(sampling_rate=250, noise_mv=0.01, seed=i, rate_bpm=60 + 20 * i).ecg.signal for i in (0, 1)]
+    signals = [
+        synthetic_ecg(sampling_rate=250, noise_mv=0.01, seed=i, rate_bpm=60 + 20 * i).ecg.signal for i in (0, 1)
+    ]
     features = EcgMoeFeatureExtractor()(signals, 250, LEADS, return_tensors="pt")
     return {name: features[name] for name in EcgMoeFeatureExtractor.model_input_names}
 
@@ -104,7 +106,7 @@ def test_dropout_acts_in_training_and_not_in_evaluation(batch: dict[str, Tensor]
 
 
 def test_gradient_checkpointing_is_refused_in_words() -> None:
-    with pytest.raises(ValueError, match="does not support (gradient|activation) checkpointing"):
+    with pytest.raises(ValueError, match=r"does not support (gradient|activation) checkpointing"):
         tiny_model().activation_checkpointing_enable()
 
 
@@ -148,9 +150,7 @@ def test_a_classifier_comes_back_with_its_label_names_and_opens_as_an_encoder(
     with torch.no_grad():
         torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, atol=1e-6, rtol=0)
     auto_map = json.loads((tmp_path / "config.json").read_text())["auto_map"]
-    assert auto_map["AutoModelForSequenceClassification"] == (
-        "classification_ecgmoe.EcgMoeForSequenceClassification"
-    )
+    assert auto_map["AutoModelForSequenceClassification"] == ("classification_ecgmoe.EcgMoeForSequenceClassification")
     assert {f"{entry.split('.')[0]}.py" for entry in auto_map.values()} <= {p.name for p in tmp_path.glob("*.py")}
     _, info = EcgMoeModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]

@@ -1,0 +1,194 @@
+"""`ecgmoe export`: the graph answers as PyTorch does, the folder is all that a runtime needs, faults are refused."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from test_remote_code import ROOT
+from tiny_model import save_tiny_model
+
+from data_builders.synthetic import synthetic_ecg, write_wfdb
+from modeling_ecgmoe import export_model
+from modeling_ecgmoe.adapters import MultiTask
+from modeling_ecgmoe.cli import main
+from modeling_ecgmoe.ecg_files import read_ecg
+from modeling_ecgmoe.leads import LEADS
+
+TASKS = ("arrhythmia", "rr_interval", "sex")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("hub"), TASKS)
+
+
+@pytest.fixture(scope="module")
+def many(model: Path) -> MultiTask:
+    return MultiTask.from_pretrained(model)
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three recordings that differ in length, rate and rhythm."""
+    folder = tmp_path_factory.mktemp("records")
+    hearts: list[dict[str, Any]] = [
+        {"rate_bpm": 62},
+        {"rate_bpm": 95, "rhythm": "atrial_fibrillation", "sampling_rate": 500},
+        {"rate_bpm": 48, "duration_s": 7},
+    ]
+    for number, heart in enumerate(hearts):
+        ecg = synthetic_ecg(**{"sampling_rate": 250, "duration_s": 10, "noise_mv": 0.01, "seed": number} | heart).ecg
+        write_wfdb(ecg, folder, f"r{number}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def program(many: MultiTask, records: Path) -> torch.export.ExportedProgram:
+    """The traced model, which takes most of the time and is the same for all forms."""
+    return export_model.trace(many, read_windows(many, records))
+
+
+@pytest.fixture(scope="module")
+def exported(
+    model: Path, records: Path, program: torch.export.ExportedProgram, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """What the command wrote, the 8-bit variant included."""
+    out = tmp_path_factory.mktemp("exported") / "onnx"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_model, "trace", lambda *_: program)
+        assert main(["export", "--model", str(model), "--out", str(out), "--check", str(records), "--int8"]) == 0
+    return out
+
+
+def read_windows(many: MultiTask, records: Path) -> list[dict[str, Any]]:
+    ecgs = [read_ecg(path) for path in sorted(records.glob("*.hea"))]
+    return [w for ecg in ecgs for w in many.prepare(ecg.signal, ecg.sampling_rate, ecg.lead_names).windows]
+
+
+def test_the_folder_is_all_that_another_runtime_needs(exported: Path) -> None:
+    names = {path.name for path in exported.iterdir()}
+    assert names == {
+        "README.md", "check.npz", "export.json", "model.onnx", "model_int8.onnx", "preprocessor_config.json",
+        "tasks.json",
+    }  # fmt: skip
+    assert set(json.loads((exported / "tasks.json").read_text())) == set(TASKS)
+    for path in exported.glob("*.[jm][sd]*"):
+        assert str(ROOT) not in path.read_text()
+
+
+def test_the_report_has_every_case_within_the_tolerance(exported: Path) -> None:
+    report = json.loads((exported / "export.json").read_text())
+    differences = report["files"]["model.onnx"]["differences"]
+    assert {"one record", "two records", "five records", "two leads", "no beats", "all short"} <= set(differences)
+    assert all(0.0 <= value <= 1e-4 for value in differences.values())
+    assert report["windows_compared"] == 3
+    assert report["files"]["model_int8.onnx"]["largest_difference"] > differences["one record"]
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_batches_of_any_size_are_answered_as_by_torch(
+    exported: Path, many: MultiTask, records: Path, size: int
+) -> None:
+    windows = (read_windows(many, records) * 2)[:size]
+    one_lead = many.extractor.extract(synthetic_ecg(sampling_rate=250, seed=9).ecg.signal[6:7], 250, [LEADS[6]])
+    windows[-1] = one_lead | {"r_peaks": one_lead["r_peaks"][:3], "rr_intervals_s": one_lead["rr_intervals_s"][:3]}
+    session = onnxruntime.InferenceSession(exported / "model.onnx")
+    found = session.run(list(TASKS), export_model.batch_of(many, windows))
+    for task, logits in zip(TASKS, found, strict=True):
+        np.testing.assert_allclose(logits, many.logits(windows)[task], atol=1e-4)
+
+
+def test_axes_and_outputs_have_names_that_people_read(exported: Path) -> None:
+    session = onnxruntime.InferenceSession(exported / "model.onnx")
+    shapes = {value.name: value.shape for value in (*session.get_inputs(), *session.get_outputs())}
+    assert shapes["input_values"] == ["batch", 12, 1000]
+    assert shapes["r_peaks"] == shapes["rr_intervals_s"] == ["batch", "beats"]
+    assert shapes["arrhythmia"] == ["batch", 12]
+
+
+def test_what_the_page_says_to_run_runs_and_gives_what_is_expected(exported: Path) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (exported / "README.md").read_text(), re.DOTALL)
+    code += "    np.testing.assert_allclose(logits, given[f'logits_{name}'], atol=1e-5)\n    print('alike')\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=exported, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("alike") == len(TASKS)
+
+
+def test_a_program_of_torch_answers_too_and_one_that_differs_is_refused(
+    model: Path,
+    records: Path,
+    program: torch.export.ExportedProgram,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    many = MultiTask.from_pretrained(model, TASKS)
+    monkeypatch.setattr(export_model, "trace", lambda *_: program)
+    export_model.export_model(many, tmp_path / "good", "torch_export", [records])
+    report = json.loads((tmp_path / "good" / "export.json").read_text())
+    assert report["files"]["model.pt2"]["largest_difference"] <= 1e-4
+    assert "torch.export.load" in (tmp_path / "good" / "README.md").read_text()
+    with torch.no_grad():
+        many.model.ecgmoe.encoder.temporal.norm.weight.mul_(1.01)
+    with pytest.raises(export_model.ExportError, match="differs by"):
+        export_model.export_model(many, tmp_path / "bad", "torch_export", [records])
+    assert [path.name for path in tmp_path.iterdir()] == ["good"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--int8"], "--check"),
+        (["--int8", "--check", "x.hea", "--format", "torch_export"], "--format onnx"),
+        (["--check", "nothing_here"], "no such file"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_with_the_way_out(
+    model: Path, tmp_path: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", "--model", str(model), "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_files_is_not_written_into(
+    exported: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in exported.iterdir()}
+    assert main(["export", "--model", str(model), "--out", str(exported)]) == 2
+    assert "holds files already" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in exported.iterdir()} == before
+
+
+# The example for runtimes without torch
+
+BARE = """
+import importlib.abc, runpy, sys
+
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.partition(".")[0] in {"torch", "transformers", "scipy", "peft", "modeling_ecgmoe", "data_builders"}:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Refuse())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_the_example_needs_onnxruntime_and_numpy_alone(exported: Path, many: MultiTask, records: Path) -> None:
+    for record in sorted(records.glob("*.hea")):
+        command = [sys.executable, "-I", "-c", BARE, ROOT / "examples" / "run_onnx.py", exported, record]
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        shown = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+        ecg = read_ecg(record)
+        expected = many.answer([many.prepare(ecg.signal, ecg.sampling_rate, ecg.lead_names)])[0]
+        assert float(shown["rr_interval"].split()[0]) == pytest.approx(expected["rr_interval"]["value"], abs=5)
+        assert shown["sex"] == expected["sex"]["labels"][0]
