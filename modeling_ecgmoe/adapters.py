@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from .adapter_card import CARD_FILE, AdapterCard
 from .configuration_ecgmoe import EcgMoeConfig
@@ -73,7 +74,9 @@ def fingerprint(model: "EcgMoeForTasks | Backbone") -> str:
     Heads do not count, and weights count at half precision, so that a copy saved in float16 is the same base.
     """
     config, config_class = model.config.to_dict(), type(model.config)
-    own = {name for of in config_class.__mro__ if issubclass(of, EcgMoeConfig) for name in of.__annotations__}
+    # By what is below transformers' class: loaded from the Hub, a configuration is of a copy of ours.
+    ours = config_class.__mro__[: config_class.__mro__.index(PreTrainedConfig)]
+    own = {name for of in ours for name in of.__annotations__}
     plain = {name: json.loads(json.dumps(config[name], default=list)) for name in own}
     kept = {
         name: value
@@ -82,15 +85,11 @@ def fingerprint(model: "EcgMoeForTasks | Backbone") -> str:
         and (name in HASHED_FIELDS or value != json.loads(json.dumps(getattr(config_class, name), default=list)))
     }
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode())
-    for name, weight in sorted(_backbone_of(model).state_dict().items()):
+    for name, weight in sorted(getattr(model, "ecgmoe", model).state_dict().items()):
         if weight.is_floating_point():
             digest.update(name.encode())
             digest.update(weight.detach().cpu().to(torch.float16).contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _backbone_of(model: "EcgMoeForTasks | Backbone") -> Any:
-    return getattr(model, "ecgmoe", model)
 
 
 @dataclass
@@ -121,7 +120,7 @@ class MultiTask:
 
         `encoder` is made from the weights that the model has now.
         """
-        backbone = _backbone_of(model.eval())
+        backbone = model if isinstance(model, Backbone) else Backbone.of(model.eval())
         self.config: EcgMoeConfig = model.config
         self.fusion: Fusion = backbone.fusion
         self.encoder = folded(backbone.encoder)

@@ -65,7 +65,7 @@ def model_upload(folder: Path, repo_id: str) -> Upload:
 
 
 def model_code(folder: Path) -> list[Path]:
-    """The code that a model's `auto_map` names, and all that this code imports from beside it.
+    """The code that a model's `auto_map` and `custom_pipelines` name, and all that this code imports from beside it.
 
     Raises:
         PublishError: the map is not complete, or a file is missing or is no Python.
@@ -73,14 +73,16 @@ def model_code(folder: Path) -> list[Path]:
     code: dict[str, Path] = {}
     waiting = []
     for name, needed in NEEDED_CLASSES.items():
-        found = json.loads((folder / name).read_text(encoding="utf-8")).get("auto_map", {})
+        settings = json.loads((folder / name).read_text(encoding="utf-8"))
+        found = settings.get("auto_map", {})
         missing = [auto for auto in needed if auto not in found]
         if missing:
             raise PublishError(
                 f"{folder / name} has no {' and no '.join(missing)} in its auto_map, so nobody could open it by its "
                 "id; save it again with save_pretrained"
             )
-        waiting += [entry.partition(".")[0] for entry in found.values()]
+        pipelines = [entry["impl"] for entry in settings.get("custom_pipelines", {}).values()]
+        waiting += [entry.partition(".")[0] for entry in (*found.values(), *pipelines)]
     while waiting:
         module = waiting.pop()
         if module in code:

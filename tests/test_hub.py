@@ -58,10 +58,12 @@ def test_an_adapter_says_what_it_needs(task: str) -> None:
 def test_an_adapter_holds_the_codes_and_the_page_of_today(task: str, tmp_path: Path) -> None:
     shutil.copytree(ADAPTERS / task, tmp_path / task)
     renew_card(tmp_path / task)
-    for name in ("task.json", "README.md"):
-        assert (tmp_path / task / name).read_bytes() == (ADAPTERS / task / name).read_bytes(), (
-            "run `python -m modeling_ecgmoe.adapter_card hub/adapters/*`"
-        )
+    assert (tmp_path / task / "task.json").read_bytes() == (ADAPTERS / task / "task.json").read_bytes(), (
+        "run `python -m modeling_ecgmoe.adapter_card hub/adapters/*` and `make tables`"
+    )
+    page, renewed = ((folder / task / "README.md").read_text() for folder in (ADAPTERS, tmp_path))
+    body = renewed.split("---\n", 2)[2]
+    assert [line for line in body.splitlines() if line not in page] == []
 
 
 def test_the_model_file_is_small_enough_to_keep_in_git() -> None:

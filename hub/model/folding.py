@@ -51,6 +51,17 @@ class Backbone(nn.Module):
         backbone.load_state_dict(weights, assign=True)
         return backbone.float().eval()
 
+    @classmethod
+    def of(cls, model: Any) -> "Backbone":
+        """That of a model in memory, with its weights themselves.
+
+        Made anew, since the parts of a model from the Hub may be of other copies of these classes.
+        """
+        with torch.device("meta"):
+            backbone = cls(model.config)
+        backbone.load_state_dict(model.ecgmoe.state_dict(), assign=True)
+        return backbone.eval()
+
 
 def folded(encoder: EcgMoeEncoder) -> EcgMoeEncoder:
     """A copy for inference alone, equal to 1e-5; later changes to the weights of `encoder` do not reach it."""
