@@ -158,7 +158,7 @@ def main() -> None:
         print(row["model"], {name: round(m["value"], 4) for name, m in row["metrics"].items()})
 
 
-def origin() -> dict[str, Any]:
+def origin(packages: Sequence[str] = PACKAGES) -> dict[str, Any]:
     """Commit, versions and hardware of a result."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
     cpuinfo = Path("/proc/cpuinfo")
@@ -170,7 +170,7 @@ def origin() -> dict[str, Any]:
     processor = names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()
     return {
         "commit": commit.stdout.strip(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: version(name) for name in packages},
         "hardware": {"processor": processor, "threads": torch.get_num_threads()},
     }
 

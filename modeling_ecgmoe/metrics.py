@@ -137,6 +137,45 @@ def bootstrap_interval(
     )
 
 
+def bootstrap_difference(
+    metric: str,
+    targets: Any,
+    first: Any,
+    second: Any,
+    *,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+    groups: Sequence[Any] | np.ndarray | None = None,
+) -> MetricResult:
+    """How much the metric of `second` is above that of `first`, both answers to the same records.
+
+    Both are computed on the same resamples, so that the interval is that of the difference. See `bootstrap_interval`.
+    """
+    definition = find_metric(metric)
+    results = [
+        bootstrap_interval(metric, targets, predictions, level=level, resamples=0) for predictions in (first, second)
+    ]
+    checked = [_check(definition, targets, predictions) for predictions in (first, second)]
+    group_of_record = _check_groups(groups, len(checked[0][0]))
+    kept = np.array([value is not None for value in results[0].per_label])
+    before, after = (
+        _resampled_means(definition, known, predictions, kept, group_of_record, resamples, seed)
+        for known, predictions in checked
+    )
+    low, high = (float(bound) for bound in np.nanquantile(after - before, [(1 - level) / 2, (1 + level) / 2]))
+    return replace(
+        results[1],
+        value=results[1].value - results[0].value,
+        low=low,
+        high=high,
+        per_label=[
+            None if a is None or b is None else b - a
+            for a, b in zip(results[0].per_label, results[1].per_label, strict=True)
+        ],
+    )
+
+
 def find_metric(name: str) -> Metric:
     """The metric of that name.
 

@@ -11,7 +11,7 @@ import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_ecgmoe.metrics import METRICS, bootstrap_interval, find_metric, load_metric
+from modeling_ecgmoe.metrics import METRICS, bootstrap_difference, bootstrap_interval, find_metric, load_metric
 from modeling_ecgmoe.tasks import TASKS
 
 
@@ -253,3 +253,28 @@ def test_metrics_do_not_load_evaluate_before_it_is_asked_for() -> None:
     loaded = set(done.stdout.split())
     assert "numpy" in loaded
     assert not loaded & {"evaluate", "datasets", "pandas", "sklearn", "torch"}
+
+
+# Differences
+
+
+def test_a_shift_of_every_prediction_is_the_difference_with_no_doubt_about_it() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.uniform(20, 90, 60)
+    found = truth + rng.uniform(1, 5, 60)  # always too high
+    result = bootstrap_difference("mae", truth, found, found + 0.5)
+    assert result.value == pytest.approx(0.5)
+    assert result.low == pytest.approx(0.5)
+    assert result.high == pytest.approx(0.5)
+
+
+def test_the_difference_of_two_answers_is_surer_than_the_two_answers() -> None:
+    rng = np.random.default_rng(1)
+    truth = rng.integers(0, 2, 300).astype(float)
+    first = np.clip(0.3 * truth + 0.7 * rng.uniform(size=300), 0, 1)
+    second = np.clip(first + rng.normal(scale=0.02, size=300), 0, 1)
+    alone = bootstrap_interval("macro_auroc", truth, second)
+    difference = bootstrap_difference("macro_auroc", truth, first, second)
+    assert difference.low <= difference.value <= difference.high
+    assert difference.high - difference.low < 0.5 * (alone.high - alone.low)
+    assert difference.value == pytest.approx(alone.value - bootstrap_interval("macro_auroc", truth, first).value)
