@@ -3,8 +3,8 @@
     python -m benchmarks.export --data_dir ptb-xl
 
 The model is exported as `ecgmoe export --int8` does, with ranges from records of the training split, and asked about
-the validation split. Differences from PyTorch have 95 % bootstrap intervals over patients, on the same resamples. Times
-are CPU times on one thread, in turns; the ratio to PyTorch is what holds on other machines.
+the validation split. Differences from PyTorch have 95 % bootstrap intervals over patients, on the same resamples.
+Times are CPU times on one thread, in turns; the ratio to PyTorch is what holds on other machines.
 """
 
 import json
@@ -12,7 +12,7 @@ import runpy
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers import HfArgumentParser
 from benchmarks.quality import PACKAGES, ROOT, origin
 from modeling_ecgmoe.adapters import MultiTask
 from modeling_ecgmoe.export_model import INT8, PROGRAMS, onnx_runner, trace, write_int8, write_onnx
-from modeling_ecgmoe.leads import LEADS
+from modeling_ecgmoe.leads import LEADS, find_lead
 from modeling_ecgmoe.metrics import bootstrap_difference, bootstrap_interval
 from modeling_ecgmoe.tasks import TASKS
 from records import DataArguments, Records, batches, load_split
@@ -63,7 +63,8 @@ def numpy_feeds(many: MultiTask, rows: Any) -> Iterator[Inputs]:
     """The rows one by one, prepared by the example for runtimes without torch."""
     prepare = runpy.run_path(str(ROOT / "examples" / "run_onnx.py"))["prepare"]
     for row in rows.with_format("numpy"):
-        order = [list(row["lead_names"]).index(lead) for lead in LEADS]
+        names = [find_lead(str(name)) for name in row["lead_names"]]
+        order = [names.index(lead) for lead in LEADS]
         yield prepare(np.asarray(row["signal"])[order], float(row["sampling_rate"]), many.extractor.to_dict())
 
 
@@ -86,7 +87,8 @@ def main() -> None:
     tasks = [TASKS[name] for name in many.cards]
     rows = load_split(data, "validation")
     records = Records(rows, many.extractor, tasks, data.num_proc)
-    shown = Records(load_split(data, "train").select(range(arguments.calibration)), many.extractor, tasks, 1)
+    few = replace(data, max_records=arguments.calibration)
+    shown = Records(load_split(few, "train"), many.extractor, tasks)
 
     @torch.inference_mode()
     def run_torch(inputs: Inputs) -> dict[str, np.ndarray]:

@@ -7,12 +7,14 @@ holds what turns them into answers. Nothing is written that was not compared wit
 import contextlib
 import copy
 import json
+import logging
 import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from .temporal import StateSpace
 TOLERANCE = 1e-4
 PROGRAMS = {"onnx": "model.onnx", "torch_export": "model.pt2"}
 INT8 = "model_int8.onnx"
-PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 AXES = ("batch", "beats")
 OPSET = 20  # the first in which GELU is an operator
 Windows = Sequence[dict[str, Any]]
@@ -47,6 +49,8 @@ class GraphStateSpace(nn.Module):
 
     Runtimes transform Fourier slowly or not at all. Sequences are `length` tokens long.
     """
+
+    lags: Tensor
 
     def __init__(self, layer: StateSpace, length: int) -> None:
         super().__init__()
@@ -118,18 +122,11 @@ def trace(many: MultiTask, windows: Windows) -> torch.export.ExportedProgram:
 
 
 def write_onnx(program: torch.export.ExportedProgram, tasks: Sequence[str], path: Path) -> None:
-    """Translate a program to ONNX, in one file.
+    """Translate a program to ONNX, in one file."""
+    import onnx
+    from onnxscript import opset18, optimizer
 
-    Raises:
-        ExportError: the packages of the extra `onnx` are missing.
-    """
-    try:
-        import onnx
-        import onnxruntime  # noqa: F401  to say so before minutes have gone
-        from onnxscript import opset18 as op
-        from onnxscript import optimizer
-    except ModuleNotFoundError as error:
-        raise ExportError(f"{error.name} is not installed; pip install 'ecg-moe[onnx]'") from error
+    op: Any = opset18  # its types know of no plain numbers
 
     def searchsorted(sorted_sequence: Any, values: Any, right: bool = False, **kwargs: Any) -> Any:
         """How many elements of each row lie at or before each value; torch has no translation of its own."""
@@ -137,6 +134,8 @@ def write_onnx(program: torch.export.ExportedProgram, tasks: Sequence[str], path
         seen = op.LessOrEqual(op.Unsqueeze(sorted_sequence, [-2]), op.Unsqueeze(values, [-1]))
         return op.ReduceSum(op.Cast(seen, to=7), [-1], keepdims=0)
 
+    # It tells every program that torchvision is not there.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         translated = torch.onnx.export(
@@ -180,20 +179,26 @@ def write_int8(source: Path, path: Path, batches: Sequence[dict[str, np.ndarray]
             return next(self.left, None)
 
     graph = onnx.load(source).graph
-    constants = {constant.name for constant in graph.initializer}
+    constants = {constant.name for constant in graph.initializer if len(constant.dims) > 1}
     products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm")]
     kept = [node.name for node in products if not constants.intersection(node.input)]
-    quantize_static(
-        source,
-        path,
-        Batches(),
-        quant_format=QuantFormat.QDQ,
-        op_types_to_quantize=["Conv", "MatMul", "Gemm"],
-        nodes_to_exclude=kept + [node.name for node in _last_products(graph)],
-        per_channel=True,
-        activation_type=QuantType.QUInt8,
-        weight_type=QuantType.QInt8,
-    )
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)  # it advises a step that would fold large constants into the file
+    try:
+        quantize_static(
+            source,
+            path,
+            Batches(),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["Conv", "MatMul", "Gemm"],
+            nodes_to_exclude=kept + [node.name for node in _last_products(graph)],
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+    finally:
+        root.setLevel(level)
 
 
 def _last_products(graph: Any) -> list[Any]:
@@ -338,6 +343,9 @@ def export_model(
         raise ExportError(f"unknown format {form!r}; known are {', '.join(PROGRAMS)}")
     if int8 and (form != "onnx" or not check):
         raise ExportError("8-bit numbers need format onnx, and recordings that show their ranges: name some as check")
+    missing = [name for name in ONNX_PACKAGES if form == "onnx" and find_spec(name) is None]
+    if missing:
+        raise ExportError(f"{', '.join(missing)} must be there for format onnx; pip install 'ecg-moe[onnx]'")
     windows = windows_of(many, check)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=folder.name, dir=folder.parent) as temporary:
@@ -348,7 +356,9 @@ def export_model(
             write_onnx(program, list(many.cards), path)
             run = onnx_runner(path)
         else:
-            torch.export.save(program, path)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # weights that are views of one tensor
+                torch.export.save(program, path)
             run = torch_runner(path)
         files = {path.name: _measured(many, path, run, windows)}
         worst = files[path.name]["largest_difference"]
@@ -383,7 +393,7 @@ def _measured(many: MultiTask, path: Path, run: Run, windows: Windows) -> dict[s
 
 
 def _versions() -> Iterator[tuple[str, str]]:
-    for name in PACKAGES:
+    for name in ("torch", *ONNX_PACKAGES):
         with contextlib.suppress(PackageNotFoundError):
             yield name, version(name)
 
@@ -393,13 +403,10 @@ def _write_rest(many: MultiTask, folder: Path, report: dict[str, Any], windows: 
     cards = {name: asdict(card) | {"task": card.task.to_dict()} for name, card in many.cards.items()}
     for name, values in (("tasks.json", cards), ("export.json", report)):
         (folder / name).write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    many.extractor.save_pretrained(folder)
-    for copied in folder.glob("*.py"):  # the extractor's code, which needs transformers
-        copied.unlink()
+    many.extractor.to_json_file(folder / "preprocessor_config.json")
     inputs = batch_of(many, windows)
-    np.savez_compressed(
-        folder / "check.npz", **inputs, **{f"logits_{name}": value for name, value in run(inputs).items()}
-    )
+    arrays: dict[str, Any] = inputs | {f"logits_{name}": value for name, value in run(inputs).items()}
+    np.savez_compressed(folder / "check.npz", **arrays)
     (folder / "README.md").write_text(_page(many, report), encoding="utf-8")
 
 

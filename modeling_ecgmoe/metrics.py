@@ -8,7 +8,7 @@ which every record occurs once. Labels and resamples that a metric is not define
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np

@@ -157,6 +157,14 @@ def test_what_cannot_be_exported_is_refused_with_the_way_out(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_missing_packages_are_named_with_the_extra_that_brings_them(
+    many: MultiTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_model, "find_spec", lambda name: None if name == "onnxscript" else name)
+    with pytest.raises(export_model.ExportError, match=r"onnxscript must be there .* 'ecg-moe\[onnx\]'"):
+        export_model.export_model(many, tmp_path / "out")
+
+
 def test_a_folder_with_files_is_not_written_into(
     exported: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
