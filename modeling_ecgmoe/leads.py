@@ -4,6 +4,7 @@ Limb leads lie in a plane (Einthoven 1908, Goldberger 1942): with I and II known
 III = II - I, aVR = -(I + II) / 2, aVL = I - II / 2, aVF = II - I / 2. Any two of the six determine the other four.
 """
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,6 +35,8 @@ def find_lead(name: str) -> str | None:
     modified limb lead MLII of ambulatory recorders counts as II.
     """
     key = name.strip().lower().replace(" ", "_").replace("-", "_")
+    if re.fullmatch(r"ecg_?\d+", key):  # the channel of a monitor, wherever its electrodes are
+        return None
     for prefix in ("", *_PREFIXES):
         if key.startswith(prefix):
             lead = _ALIASES.get(key.removeprefix(prefix).strip("_"))
