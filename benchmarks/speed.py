@@ -135,7 +135,8 @@ def peer_runners(only: Sequence[str]) -> tuple[list[Runner], list[str]]:
         if only and not any(part in name for part in only):
             continue
         try:
-            net = build().eval()
+            with torch.inference_mode(False):
+                net = build().eval()
         except NotInstalled as error:
             missing.append(f"{name}: {error}")
             continue

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 
 class NotInstalled(Exception):
@@ -36,6 +37,15 @@ def _module(name: str, package: str) -> Any:
         raise NotInstalled(f"pip install {package} ({error})") from error
 
 
+def _without_weight_norm(net: nn.Module) -> nn.Module:
+    """The same function, its weights computed once instead of in every call."""
+    with torch.inference_mode(False):
+        for module in list(net.modules()):
+            if parametrize.is_parametrized(module, "weight"):
+                parametrize.remove_parametrizations(module, "weight")
+    return net
+
+
 def torch_ecg_crnn() -> Peer:
     """ECG_CRNN of torch_ecg with the residual network of its examples, 500 Hz."""
     models, configs = _module("torch_ecg.models", "torch-ecg"), _module("torch_ecg.model_configs", "torch-ecg")
@@ -57,7 +67,7 @@ def hubert_ecg(hidden: int, layers: int, heads: int) -> Peer:
         conv_kernel=(10, 3, 3, 2, 2),
         conv_stride=(4, 2, 2, 2, 2),
     )
-    return Peer("2 x 6000 at 100 Hz", HubertModel(config))
+    return Peer("2 x 6000 at 100 Hz", _without_weight_norm(HubertModel(config)))
 
 
 class EcgFmShape(nn.Module):
@@ -79,7 +89,7 @@ class EcgFmShape(nn.Module):
 
 def ecg_fm() -> Peer:
     """See `EcgFmShape`."""
-    return Peer("2 x 12 x 2500 at 500 Hz", EcgFmShape())
+    return Peer("2 x 12 x 2500 at 500 Hz", _without_weight_norm(EcgFmShape()))
 
 
 def chronos_2() -> Peer:
