@@ -42,7 +42,7 @@ LAYERS = (
     {"metrics", "adapter_card", "folding", "stacking", "adapters", "lora"},
     {"record_answers"},
     {"prediction", "answer_files", "leaks", "upload", "cards"},
-    {"pipeline_ecgmoe", "publish", "publish_dataset", "export_model", "embeddings"},
+    {"pipeline_ecgmoe", "publish", "publish_dataset", "export_page", "export_model", "embeddings"},
     {"commands"},
     {"cli"},
 )
