@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelF
 
 from data_builders.synthetic import synthetic_ecg
 from modeling_ecgmoe.configuration_ecgmoe import FAMILIES, PATHS, EcgMoeConfig
+from modeling_ecgmoe.encoder import CORRECTION_SHARE, add_prior
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.leads import LEADS
-from modeling_ecgmoe.modeling_ecgmoe import CORRECTION_SHARE, EcgMoeForTasks, EcgMoeModel, add_prior, task_loss
+from modeling_ecgmoe.modeling_ecgmoe import EcgMoeForTasks, EcgMoeModel, task_loss
 from modeling_ecgmoe.routing import MixtureLayer, Router, load_balancing_loss, router_z_loss, rr_features
 from modeling_ecgmoe.tasks import TASKS, Task
 from modeling_ecgmoe.temporal import CardiacClock
