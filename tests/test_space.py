@@ -205,11 +205,12 @@ def test_the_space_asks_for_the_versions_that_were_tested() -> None:
     extras = project["optional-dependencies"]
     needed = {
         canonicalize_name(requirement.name)
-        for requirement in map(Requirement, [*project["dependencies"], *extras["space"]])
+        for requirement in map(Requirement, [*project["dependencies"], *extras["space"], *extras["formats"]])
     }
     asked = dict(re.findall(r"^([^#=\s]+)==(\S+)$", (SPACE / "requirements.txt").read_text("utf-8"), re.MULTILINE))
     tested = dict(re.findall(r"^([^#=\s]+)==(\S+)$", (ROOT / "constraints.txt").read_text("utf-8"), re.MULTILINE))
     tested = {canonicalize_name(name): version for name, version in tested.items()}
+    asked = {canonicalize_name(name): version for name, version in asked.items()}
     assert set(asked) == needed - {"gradio", project["name"]}
     assert {name: tested[name] for name in asked} == asked
 
