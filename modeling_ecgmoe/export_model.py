@@ -235,6 +235,7 @@ def cases(windows: Windows) -> Iterator[tuple[str, Windows]]:
     yield "two records", several[:2]
     yield "five records", several
     yield "two leads", [_with_leads(window, (0, 1)) for window in several]
+    yield "a beat at the first sample", [_from_first_beat(window) for window in several]
     yield "no beats", [_without_beats(window) for window in several]
     yield "some without beats", [*several[:2], _without_beats(several[2])]
     yield "one shorter than the others", [*several[:2], _cut(several[2], 483)]
@@ -247,6 +248,11 @@ def _with_leads(window: dict[str, Any], kept: Sequence[int]) -> dict[str, Any]:
     mask = np.zeros_like(window["lead_mask"])
     mask[list(kept)] = window["lead_mask"][list(kept)]
     return window | {"lead_mask": mask, "input_values": window["input_values"] * mask[:, None]}
+
+
+def _from_first_beat(window: dict[str, Any]) -> dict[str, Any]:
+    peaks = window["r_peaks"]
+    return window | {"r_peaks": peaks - peaks[0] if len(peaks) else peaks}
 
 
 def _without_beats(window: dict[str, Any]) -> dict[str, Any]:
@@ -404,7 +410,8 @@ def _write_rest(many: MultiTask, folder: Path, report: dict[str, Any], windows: 
     cards = {name: asdict(card) | {"task": card.task.to_dict()} for name, card in many.cards.items()}
     for name, values in (("tasks.json", cards), ("export.json", report)):
         (folder / name).write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    many.extractor.to_json_file(folder / "preprocessor_config.json")
+    settings = {name: value for name, value in many.extractor.to_dict().items() if name != "auto_map"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     inputs = batch_of(many, windows)
     arrays: dict[str, Any] = inputs | {f"logits_{name}": value for name, value in run(inputs).items()}
     np.savez_compressed(folder / "check.npz", **arrays)

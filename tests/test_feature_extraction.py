@@ -46,6 +46,16 @@ def in_mv(features: Any, extractor: EcgMoeFeatureExtractor) -> np.ndarray:
 # Shapes and batches
 
 
+@pytest.mark.parametrize("start", [57, 58, 101, 144])
+def test_no_r_peak_is_written_like_padding_where_a_recording_begins_on_a_beat(
+    extractor: EcgMoeFeatureExtractor, start: int
+) -> None:
+    signal = ecg(sampling_rate=100, rate_bpm=140, duration_s=8, rhythm="paced")[:, start:]
+    features = extractor(signal, sampling_rate=100, lead_names=LEADS, return_tensors="np")
+    assert features["r_peaks"].shape[1] >= 12
+    assert (features["r_peaks"] >= 0).all()
+
+
 def test_a_recording_becomes_a_batch_of_one(extractor: EcgMoeFeatureExtractor) -> None:
     features = extractor(ecg(rate_bpm=60), sampling_rate=250, lead_names=LEADS, return_tensors="np")
     shapes = {name: features[name].shape for name in extractor.model_input_names}

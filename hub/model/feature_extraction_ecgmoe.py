@@ -138,7 +138,8 @@ class EcgMoeFeatureExtractor(FeatureExtractionMixin):
         values_mv, sample_known = self.resample(arranged, known, sampling_rate)
         clipped = np.abs(values_mv) > self.clip_mv
         values_mv = np.clip(values_mv, -self.clip_mv, self.clip_mv) * (sample_known & lead_mask[:, None])
-        peaks_s = find_r_peaks(values_mv[lead_mask], self.sampling_rate)[: self.max_beats]
+        # A top between samples may lie before the first one; negative is how padding is written.
+        peaks_s = np.maximum(find_r_peaks(values_mv[lead_mask], self.sampling_rate)[: self.max_beats], 0.0)
         period_s, source = mean_rr_s(peaks_s), "r_peaks"
         if not math.isfinite(period_s):
             period_s, source = autocorrelation_period_s(values_mv[lead_mask], self.sampling_rate), "autocorrelation"
