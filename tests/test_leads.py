@@ -39,7 +39,10 @@ def test_other_names_of_the_same_lead_are_recognised(name: str, lead: str) -> No
     assert canonical_lead(name) == lead
 
 
-@pytest.mark.parametrize("name", ["V7", "V10", "V1 R", "Vx", "RESP", "IV", "aV", "", "lead", "ECG", "V", "ECG1", "ECG 2"])
+NO_LEADS = ("V7", "V10", "V1 R", "Vx", "RESP", "IV", "aV", "", "lead", "ECG", "V", "ECG1", "ECG 2")
+
+
+@pytest.mark.parametrize("name", NO_LEADS)
 def test_what_is_not_one_of_the_twelve_is_not_taken_for_one(name: str) -> None:
     assert find_lead(name) is None
 
