@@ -85,24 +85,17 @@ def _register_feature_extractor(auto: ModuleType) -> None:
 
 
 def _register_models(auto: ModuleType) -> None:
-    from .classification_ecgmoe import EcgMoeForSequenceClassification
     from .configuration_ecgmoe import EcgMoeConfig
     from .modeling_ecgmoe import EcgMoeForTasks, EcgMoeModel
 
     auto.AutoModel.register(EcgMoeConfig, EcgMoeModel, exist_ok=True)
-    auto.AutoModelForSequenceClassification.register(EcgMoeConfig, EcgMoeForSequenceClassification, exist_ok=True)
     auto.AutoModelForTimeSeriesPrediction.register(EcgMoeConfig, EcgMoeForTasks, exist_ok=True)
+    # Registers itself, for it may be what is being imported just now.
+    importlib.import_module(f"{__name__}.classification_ecgmoe")
 
 
 def _register_pipeline(pipelines: ModuleType) -> None:
-    from transformers import AutoModelForTimeSeriesPrediction
-
-    from .modeling_ecgmoe import PIPELINE_TASK
-    from .pipeline_ecgmoe import EcgMoePipeline
-
-    pipelines.PIPELINE_REGISTRY.register_pipeline(
-        PIPELINE_TASK, pipeline_class=EcgMoePipeline, pt_model=AutoModelForTimeSeriesPrediction
-    )
+    importlib.import_module(f"{__name__}.pipeline_ecgmoe")  # registers itself too
 
 
 _REGISTER: dict[str, Callable[[ModuleType], None]] = {

@@ -1,6 +1,7 @@
 """ECG-MoE with one head after transformers' own conventions, for its Trainer and for whatever else expects them."""
 
 from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .configuration_ecgmoe import EcgMoeConfig
@@ -62,5 +63,6 @@ class EcgMoeForSequenceClassification(EcgMoePreTrainedModel):
 
 
 EcgMoeForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
+AutoModelForSequenceClassification.register(EcgMoeConfig, EcgMoeForSequenceClassification, exist_ok=True)
 
 __all__ = ["EcgMoeForSequenceClassification"]

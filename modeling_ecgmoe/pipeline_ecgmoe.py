@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers import Pipeline
+from transformers import AutoModelForTimeSeriesPrediction, Pipeline
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .adapter_card import CARD_FILE, AdapterCard
 from .adapters import SIGNAL_KEYS, MultiTask
 from .feature_extraction_ecgmoe import EcgMoeFeatureExtractor, Prepared
-from .modeling_ecgmoe import EcgMoeForTasks
+from .modeling_ecgmoe import PIPELINE_TASK, EcgMoeForTasks
 from .record_answers import BATCH_SIZE, LoadedRecord, answer_records, prepare_record, refuse_record
 
 Adapters = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -212,5 +213,10 @@ def _load_file(
     facts = prediction.FileFacts(sampling_rate, None if lead_names is None else tuple(lead_names), unit)
     return prediction.load_record(many, path, facts)
 
+
+if PIPELINE_TASK not in PIPELINE_REGISTRY.get_supported_tasks():  # a copy from the Hub does not take the place
+    PIPELINE_REGISTRY.register_pipeline(
+        PIPELINE_TASK, pipeline_class=EcgMoePipeline, pt_model=AutoModelForTimeSeriesPrediction
+    )
 
 __all__ = ["EcgMoePipeline"]

@@ -200,3 +200,8 @@ def test_every_public_name_can_be_imported() -> None:
     assert set(modeling_ecgmoe.__all__) <= set(dir(modeling_ecgmoe))
     with pytest.raises(AttributeError, match="module 'modeling_ecgmoe' has no attribute 'EcgMoeForTask'"):
         _ = modeling_ecgmoe.EcgMoeForTask
+
+
+@pytest.mark.parametrize("first", ["classification_ecgmoe", "pipeline_ecgmoe"])
+def test_what_is_registered_can_be_imported_first(first: str) -> None:
+    run_python(f"import modeling_ecgmoe.{first}", cwd=ROOT, isolated=False)
