@@ -22,6 +22,7 @@ PEAK_BAND_HZ = (3.0, 30.0)
 ENERGY_WINDOW_S = 0.09
 FULL_CLEARNESS = 2.0  # less clear leads count less for where the R peak is
 PEAK_SEARCH_S = 0.05
+EDGE_S = 0.02  # a top closer to an end of the recording may be a slope that the end cuts
 
 # Chosen on half of the records of the MIT-BIH Arrhythmia Database; benchmarks/r_peaks.py shows the other half apart.
 REFRACTORY_S = 0.18
@@ -251,7 +252,7 @@ def _refine(beats: np.ndarray, deflection: np.ndarray, rate: float) -> np.ndarra
     """The place of the largest deflection of all leads together around each beat, by a parabola between samples.
 
     Of two deflections alike, such as R and S, the one counts that lies as in the beats around. A beat whose largest
-    deflection is the first or the last sample has its R peak outside.
+    deflection is within `EDGE_S` of an end counts as outside, at every sampling rate.
     """
     if not len(beats):
         return np.empty(0)
@@ -266,7 +267,8 @@ def _refine(beats: np.ndarray, deflection: np.ndarray, rate: float) -> np.ndarra
     before, here, after = deflection[best - 1], deflection[best], deflection[best + 1]
     curvature = before - 2 * here + after
     shift = np.divide(0.5 * (before - after), curvature, out=np.zeros(len(best)), where=curvature < -1e-12)
-    return np.unique(best + np.clip(shift, -0.5, 0.5))
+    place = np.unique(best + np.clip(shift, -0.5, 0.5))
+    return place[(place >= EDGE_S * rate) & (place <= last - EDGE_S * rate)]
 
 
 def rr_intervals(r_peaks_s: np.ndarray) -> np.ndarray:
