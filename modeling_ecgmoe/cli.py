@@ -108,7 +108,6 @@ def _add_predict(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.set_defaults(run=predict)
-    add = command.add_argument
     _add_files(command)
     add = command.add_argument
     add("--tasks", metavar="A,B", help="names, folders or ids of task adapters (default: all of the model)")

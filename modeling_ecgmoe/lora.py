@@ -1,6 +1,6 @@
 """LoRA for one task, trained and saved with PEFT (Hu et al. 2022), on the fusion alone: the backbone stays shared.
 
-Nothing else of the package imports PEFT.
+Inference reads what PEFT saved without it, see `stacking.py`.
 """
 
 import json

@@ -1,6 +1,6 @@
 """`pipeline("ecg-analysis", model=...)`: recordings in, the objects of `ecgmoe predict` out.
 
-Arrays need no more than what the Hub gives out with the weights; files and adapters need their packages.
+Arrays and adapters need no more than what the Hub gives out with the weights; files need this package.
 """
 
 import importlib
