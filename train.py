@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -36,6 +35,8 @@ from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeEncoderOutput, EcgMoeForTasks
 from modeling_ecgmoe.tasks import TASKS
 from records import DataArguments, Records, as_is, crop, disturb, load_split
+from report_words import TASK_NAME as REPORT_WORDS
+from report_words import add_report_words
 
 
 @dataclass
@@ -60,7 +61,8 @@ class TrainingArguments:
     resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in output_dir"})
     model: str | None = field(default=None, metadata={"help": "start from this model instead of new weights"})
     model_config: str | None = field(default=None, metadata={"help": "JSON with configuration fields to change"})
-    trunk: str | None = field(default=None, metadata={"help": "start the residual trunk from a plain CNN"})
+    report_weight: float = field(default=0.0, metadata={"help": "weight of the reports' words as a target, 0: none"})
+    report_min_count: int = field(default=40, metadata={"help": "words in fewer reports are no targets"})
 
 
 # ------------------------------------------------------------------------------------------------------------ pretrain
@@ -80,27 +82,16 @@ def pretrain(data: DataArguments, arguments: TrainingArguments) -> dict[str, flo
         extractor = EcgMoeFeatureExtractor(sampling_rate=model.config.sampling_rate)
     tasks = list(model.tasks.values())
     with accelerator.main_process_first():
-        train = Records(load_split(data, "train"), extractor, tasks, data.num_proc)
+        rows = load_split(data, "train")
         validation = Records(load_split(data, "validation"), extractor, tasks, data.num_proc)
+        if arguments.report_weight:
+            rows, words = add_report_words(rows, arguments.report_weight, arguments.report_min_count)
+            model.add_task(words)
+            tasks.append(words)
+        train = Records(rows, extractor, tasks, data.num_proc)
     if arguments.model is None:
         start_at_base_rates(model, train.labels)
-    if arguments.trunk is not None:
-        load_trunk(model, Path(arguments.trunk))
     return fit(model, extractor, train, validation, data, arguments, accelerator)
-
-
-def load_trunk(model: EcgMoeForTasks, folder: Path) -> None:
-    """Take over the residual trunk that `benchmarks/plain_cnn.py` trained with plain heads.
-
-    Raises:
-        FileNotFoundError: the folder lacks the weights, or the arguments they were trained with.
-    """
-    for name in ("model.safetensors", "training.json"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} lacks {name}; name the folder `model` of a run of plain_cnn.py")
-    conv: Any = model.ecgmoe.encoder.temporal.families["conv"]
-    weights = load_file(folder / "model.safetensors")
-    conv.trunk.load_state_dict({k.removeprefix("trunk."): w for k, w in weights.items() if k.startswith("trunk.")})
 
 
 def fit(
@@ -177,11 +168,11 @@ def fit(
         save_checkpoint(accelerator, output_dir, step, pace)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        save_model(averaged.module, extractor, output_dir / "model")
-        more: dict[str, Any] = {"processes": accelerator.num_processes}
-        if arguments.trunk:
-            more["first_stage"] = json.loads((Path(arguments.trunk) / "training.json").read_text())
-        save_arguments(output_dir / "model", data, arguments, **more)
+        trained: Any = averaged.module
+        if REPORT_WORDS in trained.tasks:
+            trained.remove_task(REPORT_WORDS)
+        save_model(trained, extractor, output_dir / "model")
+        save_arguments(output_dir / "model", data, arguments, processes=accelerator.num_processes)
     return metrics
 
 

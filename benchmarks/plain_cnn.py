@@ -19,7 +19,7 @@ from modeling_ecgmoe.configuration_ecgmoe import PRETRAINING_TASKS, EcgMoeConfig
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeTaskOutput, task_loss
 from modeling_ecgmoe.tasks import TASKS
-from modeling_ecgmoe.temporal import ResidualTrunk
+from modeling_ecgmoe.temporal import Stem, last_blocks
 from records import DataArguments, Records, load_split
 from train import TrainingArguments, accelerator_for, fit, parse_arguments, start_at_base_rates
 
@@ -31,9 +31,7 @@ class PlainCnn(nn.Module):
         super().__init__()
         self.tasks = {name: TASKS[name] for name in PRETRAINING_TASKS}
         config = EcgMoeConfig()
-        self.trunk = ResidualTrunk(
-            len(config.leads), config.conv_channels, config.conv_kernels, config.conv_blocks, config.drop_path
-        )
+        self.stem, self.blocks = Stem(config), last_blocks(config)
         self.dropout = nn.Dropout(0.3)
         self.heads = nn.ModuleDict(
             {f"head_{name}": nn.Linear(2 * config.conv_channels[-1], t.num_outputs) for name, t in self.tasks.items()}
@@ -41,7 +39,7 @@ class PlainCnn(nn.Module):
 
     def forward(self, input_values: Tensor, labels: dict[str, Tensor] | None = None, **other: Any) -> EcgMoeTaskOutput:
         """Takes what the feature extractor gives and leaves the beats in `other` alone."""
-        _, hidden = self.trunk(input_values)
+        hidden = self.blocks(self.stem(input_values))
         pooled = self.dropout(torch.cat([hidden.mean(dim=2), hidden.amax(dim=2)], dim=1))
         logits = {name: self.heads[f"head_{name}"](pooled) for name in self.tasks}
         if labels is None:

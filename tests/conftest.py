@@ -69,6 +69,7 @@ def write_mini_ptb_xl(folder: Path, num_records: int, num_high_rate: int = 0) ->
             "patient_id": f"{1000 + patient}.0",
             "age": 300.0 if ecg_id == 3 else "" if ecg_id == 5 else float(20 + patient % 60),
             "sex": patient % 2,
+            "report": ("sinusrhythmus, normales ekg", "atrial fibrillation, otherwise normal")[ecg_id % 2],
             "scp_codes": codes,
             "strat_fold": patient % 10 + 1,
             "recording_date": "1990-05-17 09:17:34",

@@ -24,6 +24,7 @@ OUTSIDE = {
     "records": {"evaluation", "adaptation", "train", "benchmarks", "tests"},
     "evaluation": {"adaptation", "train", "benchmarks", "tests"},
     "checkpoints": {"adaptation", "train"},
+    "report_words": {"train", "tests"},
     "adaptation": {"train", "tests"},
     "train": {"benchmarks", "tests"},
     "benchmarks": {"tests"},

@@ -327,7 +327,7 @@ def test_without_a_period_the_clock_stands_still() -> None:
     clock = CardiacClock(torch.tensor([[-1.0]]), period, torch.arange(5.0))
     assert not clock.known.any()
     assert (clock.phase == 0).all()
-    assert (clock.features(100, period) == 0).all()
+    assert (clock.features(100) == 0).all()
 
 
 def test_the_rhythm_path_is_told_intervals_ratios_and_change() -> None:
@@ -394,7 +394,7 @@ def test_a_regression_with_a_prior_starts_from_the_measurement() -> None:
         ({"families": ["conv", "wavelet"]}, r"families must be one or more of conv, ssm.*found \['conv', 'wavelet'\]"),
         ({"paths": []}, r"paths must be one or more of morphology, rhythm.*found \[\]"),
         ({"paths": ["rhythm", "rhythm"]}, "each once"),
-        ({"token_stride": 4}, "token_stride must be 8.*found 4"),
+        ({"token_stride": 4}, "token_stride must be 16.*found 4"),
         ({"beat_window_s": (0.1, 0.4)}, r"beat_window_s must span the R peak, found \(0.1, 0.4\)"),
         ({"tasks": {"age": TASKS["sex"].to_dict()}}, "key 'age' holds task 'sex'"),
     ],

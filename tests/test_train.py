@@ -28,6 +28,7 @@ from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeForTasks
 from modeling_ecgmoe.tasks import TASKS, Task
 from records import DataArguments, EncodedRecords, Records, crop, disturb, load_split
+from report_words import add_report_words
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -152,43 +153,45 @@ def test_evaluation_writes_the_metric_of_each_adapter_with_its_interval(
     assert results["age"]["n"] == 4
 
 
-# The plain network that training starts from
+# The conventional baseline, and the words of the reports
 
 
-@pytest.fixture(scope="module")
-def plain(data: dict[str, Any], workplace: Path) -> Path:
-    """A folder with the plain CNN after a step."""
+def test_the_plain_network_trains_in_the_same_loop(data: dict[str, Any], workplace: Path) -> None:
     folder = workplace / "plain"
     plain_cnn.main(arguments(data | {"output_dir": folder, "max_steps": 1, "batch_size": 8}))
-    return folder
+    logits = PlainCnn.from_pretrained(folder / "model")(torch.randn(2, 12, 1000)).logits
+    assert all(torch.isfinite(values).all() for values in logits.values())
+    assert json.loads((folder / "model" / "training.json").read_text())["processes"] == 1
 
 
-def test_training_starts_from_the_plain_networks_trunk(plain: Path) -> None:
-    torch.manual_seed(1)
-    model = EcgMoeForTasks(EcgMoeConfig())
-    train.load_trunk(model, plain / "model")
-    trunk = model.ecgmoe.encoder.temporal.families["conv"].trunk
-    for name, value in PlainCnn.from_pretrained(plain / "model").trunk.state_dict().items():
-        torch.testing.assert_close(trunk.state_dict()[name], value, msg=name)
+REPORTS = ["sinus rhythm. normal ecg.", "Sinus rhythm, inferior infarct", "atrial fibrillation", "", None, "sinus"]
 
 
-def test_a_trunk_of_other_sizes_is_refused(plain: Path) -> None:
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        train.load_trunk(tiny_model(), plain / "model")
+def test_words_that_several_reports_hold_become_a_task() -> None:
+    rows = datasets.Dataset.from_dict({"report": REPORTS})
+    rows, task = add_report_words(rows, loss_weight=3.0, min_reports=2)
+    assert task.labels == ("rhythm", "sinus", "sinus rhythm")
+    assert task.loss_weight == 3.0
+    assert rows["report_words"][:] == [["rhythm", "sinus", "sinus rhythm"]] * 2 + [[], None, None, ["sinus"]]
 
 
-def test_pretraining_notes_the_stage_it_starts_from(plain: Path, data: dict[str, Any], workplace: Path) -> None:
-    values = data | {"output_dir": workplace / "warm", "max_steps": 1, "batch_size": 8, "trunk": plain / "model"}
-    train.main(["pretrain", *arguments(values)])
-    noted = json.loads((workplace / "warm" / "model" / "training.json").read_text())
-    assert noted["first_stage"] == json.loads((plain / "model" / "training.json").read_text())
-    assert noted["processes"] == 1
+def test_reports_without_a_common_word_are_refused() -> None:
+    rows = datasets.Dataset.from_dict({"report": REPORTS})
+    with pytest.raises(ValueError, match=r"no word is in 5 of 6 reports; lower --report_min_count"):
+        add_report_words(rows, loss_weight=1.0, min_reports=5)
+    with pytest.raises(ValueError, match=r"the column 'report', found text; leave out --report_weight"):
+        add_report_words(rows.rename_column("report", "text"), loss_weight=1.0, min_reports=1)
 
 
-def test_a_trunk_without_its_arguments_is_refused(plain: Path, tmp_path: Path) -> None:
-    shutil.copy(plain / "model" / "model.safetensors", tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"lacks training\.json; name the folder `model`"):
-        train.load_trunk(EcgMoeForTasks(EcgMoeConfig()), tmp_path)
+def test_the_words_teach_and_leave_no_head(settings: dict[str, Any], workplace: Path) -> None:
+    values = settings | {"output_dir": workplace / "words", "max_steps": 2, "report_weight": 5.0}
+    train.main(["pretrain", *arguments(values | {"report_min_count": 1})])
+    taught = EcgMoeForTasks.from_pretrained(workplace / "words" / "model")
+    train.main(["pretrain", *arguments(values | {"output_dir": workplace / "no_words", "report_weight": 0.0})])
+    untaught = EcgMoeForTasks.from_pretrained(workplace / "no_words" / "model")
+    assert set(taught.heads) == set(untaught.heads)
+    assert "report_words" not in taught.config.tasks
+    assert log_of(workplace / "words")[-1]["loss"] > log_of(workplace / "no_words")[-1]["loss"] + 0.5
 
 
 @pytest.mark.parametrize("kind", ["multi_class", "multi_label"])
