@@ -80,6 +80,17 @@ def pretrain(data: DataArguments, arguments: TrainingArguments) -> dict[str, flo
         changes = json.loads(Path(arguments.model_config).read_text()) if arguments.model_config else {}
         model = EcgMoeForTasks(EcgMoeConfig(**changes))
         extractor = EcgMoeFeatureExtractor(sampling_rate=model.config.sampling_rate)
+    return fit_on_splits(model, extractor, data, arguments, accelerator)
+
+
+def fit_on_splits(
+    model: Any,
+    extractor: EcgMoeFeatureExtractor,
+    data: DataArguments,
+    arguments: TrainingArguments,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """Train a model on the training split, with the words of its reports where asked for."""
     tasks = list(model.tasks.values())
     with accelerator.main_process_first():
         rows = load_split(data, "train")

@@ -2,8 +2,7 @@
 
     python -m benchmarks.plain_cnn benchmarks/configs/plain_cnn.json
 
-Same recordings and training loop as ECG-MoE (`train.fit`), its own configuration; it sees the signal, no beats.
-ECG-MoE's training starts from its trunk.
+Same recordings, training loop and schedule as ECG-MoE; it sees the signal, no beats.
 """
 
 import logging
@@ -18,14 +17,14 @@ from torch import Tensor, nn
 from modeling_ecgmoe.configuration_ecgmoe import PRETRAINING_TASKS, EcgMoeConfig
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeTaskOutput, task_loss
-from modeling_ecgmoe.tasks import TASKS
+from modeling_ecgmoe.tasks import TASKS, Task
 from modeling_ecgmoe.temporal import Stem, last_blocks
-from records import DataArguments, Records, load_split
-from train import TrainingArguments, accelerator_for, fit, parse_arguments, start_at_base_rates
+from records import DataArguments
+from train import TrainingArguments, accelerator_for, fit_on_splits, parse_arguments
 
 
 class PlainCnn(nn.Module):
-    """ECG-MoE's own residual trunk alone, 1.6 M parameters; global mean and maximum pooling."""
+    """ECG-MoE's stem and conv family alone; global mean and maximum pooling."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,8 +32,9 @@ class PlainCnn(nn.Module):
         config = EcgMoeConfig()
         self.stem, self.blocks = Stem(config), last_blocks(config)
         self.dropout = nn.Dropout(0.3)
+        self.width = 2 * config.conv_channels[-1]
         self.heads = nn.ModuleDict(
-            {f"head_{name}": nn.Linear(2 * config.conv_channels[-1], t.num_outputs) for name, t in self.tasks.items()}
+            {f"head_{name}": nn.Linear(self.width, t.num_outputs) for name, t in self.tasks.items()}
         )
 
     def forward(self, input_values: Tensor, labels: dict[str, Tensor] | None = None, **other: Any) -> EcgMoeTaskOutput:
@@ -49,6 +49,15 @@ class PlainCnn(nn.Module):
         }
         loss = torch.stack([self.tasks[name].loss_weight * value for name, value in losses.items()]).sum()
         return EcgMoeTaskOutput(loss=loss, logits=logits, losses=losses)
+
+    def add_task(self, task: Task) -> None:
+        """Add a head."""
+        self.tasks[task.name] = task
+        self.heads[f"head_{task.name}"] = nn.Linear(self.width, task.num_outputs)
+
+    def remove_task(self, name: str) -> None:
+        """Take away a head."""
+        del self.tasks[name], self.heads[f"head_{name}"]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the weights."""
@@ -69,13 +78,7 @@ def main(argv: list[str]) -> None:
     data, arguments = parse_arguments((DataArguments, TrainingArguments), argv)
     accelerator = accelerator_for(arguments)
     model, extractor = PlainCnn(), EcgMoeFeatureExtractor()
-    with accelerator.main_process_first():
-        train, validation = (
-            Records(load_split(data, split), extractor, list(model.tasks.values()), data.num_proc)
-            for split in ("train", "validation")
-        )
-    start_at_base_rates(model, train.labels)
-    fit(model, extractor, train, validation, data, arguments, accelerator)
+    fit_on_splits(model, extractor, data, arguments, accelerator)
 
 
 if __name__ == "__main__":
