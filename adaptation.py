@@ -304,7 +304,7 @@ def calibrate_on(
         targets = records.labels[task.name].numpy()
         if count == most:
             calibrate(card, logits, targets, count)
-            answers = task.answers(logits) if task.kind == "regression" else card.probabilities(logits)
+            answers = task.answers(logits / card.temperature)
             results = {name: bootstrap_interval(name, targets, answers, groups=patients) for name in task.metrics}
         elif task.kind == "regression":
             known = np.isfinite(targets)

@@ -22,6 +22,7 @@ from transformers import HfArgumentParser
 from benchmarks.quality import origin
 from modeling_ecgmoe.adapters import SIGNAL_KEYS, MultiTask
 from modeling_ecgmoe.feature_extraction_ecgmoe import Prepared
+from modeling_ecgmoe.fusion import mean_and_max
 from modeling_ecgmoe.leads import LEADS, LIMB_FROM_I_II
 from modeling_ecgmoe.metrics import MetricResult, bootstrap_interval
 from modeling_ecgmoe.tasks import TASKS
@@ -105,14 +106,14 @@ class Seen:
     """What the model makes of recordings.
 
     Args:
-        embeddings: (records, record_size), the mean over the windows of a recording.
+        features: (records, 2 hidden_size), what `typicality` looks at.
         remarks: (records, 4), probabilities of the `quality` head.
         report: (records,), how much the feature extractor finds amiss, see `amiss`.
         logits: task to logits (records, outputs) of the adapters.
         rows: (records,), which rows of the split they are; the extractor refuses some.
     """
 
-    embeddings: np.ndarray
+    features: np.ndarray
     remarks: np.ndarray
     report: np.ndarray
     logits: dict[str, np.ndarray]
@@ -161,7 +162,7 @@ def see(
     look()
     joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return Seen(
-        embeddings=joined.pop("embedding"),
+        features=joined.pop("features"),
         remarks=joined.pop("remarks"),
         report=np.array([amiss(record.quality) for _, record in prepared]),
         logits=joined,
@@ -176,11 +177,10 @@ def _recordings(rows: datasets.Dataset) -> Iterator[tuple[np.ndarray, float, lis
 
 @torch.inference_mode()
 def _outputs(many: MultiTask, signal: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
-    """Embedding, remarks and the logits of all adapters, from one pass of the backbone."""
+    """Features, remarks and the logits of all adapters, from one pass of the backbone."""
     encoded = many.encoder(**signal)
-    embedding = many.fusion(encoded.memories())[0]
-    remarks = torch.sigmoid(many.model.heads["head_quality"](embedding))
-    outputs = many.task_logits(encoded) | {"embedding": embedding, "remarks": remarks}
+    remarks = torch.sigmoid(many.model.heads["head_quality"](many.fusion(encoded.memories())[0]))
+    outputs = many.task_logits(encoded) | {"features": mean_and_max(*encoded.memories()["tokens"]), "remarks": remarks}
     return {name: value.float().numpy() for name, value in outputs.items()}
 
 
@@ -191,16 +191,16 @@ def _outputs(many: MultiTask, signal: dict[str, torch.Tensor]) -> dict[str, np.n
 def fit(many: MultiTask, train: Records, reference: Records) -> Typicality:
     """What is typical for a model: see `modeling_ecgmoe.typicality`."""
 
-    def embed(records: Records, swapped: bool) -> np.ndarray:
+    def look_at(records: Records, swapped: bool) -> np.ndarray:
         parts = []
         for batch in batches(records):
             signal = batch["signal"]
             if swapped:
                 signal = signal | {"input_values": torch.from_numpy(swap_arms(signal["input_values"].numpy()))}
-            parts.append(many.fusion(many.encoder(**signal).memories())[0].numpy())
+            parts.append(mean_and_max(*many.encoder(**signal).memories()["tokens"]).numpy())
         return np.concatenate(parts)
 
-    return fit_typicality(many.base, embed(train, False), embed(train, True), embed(reference, False))
+    return fit_typicality(many.base, look_at(train, False), look_at(train, True), look_at(reference, False))
 
 
 # ------------------------------------------------------------------------------------------------------------- measure
@@ -208,12 +208,12 @@ def fit(many: MultiTask, train: Records, reference: Records) -> Typicality:
 
 def suspicion(seen: Seen, typicality: Typicality) -> dict[str, np.ndarray]:
     """Scores (records,) from 0 to 1, high where something is wrong, by their names in the table."""
-    distances = typicality.distances(seen.embeddings)
+    distances = typicality.distances(seen.features)
     return {
         "quality head": 1.0 - np.prod(1.0 - seen.remarks, axis=1),
         "signal report": seen.report / (1.0 + seen.report),
         "typicality": distances / (1.0 + distances),
-        "arm electrode probe": 1.0 / (1.0 + np.exp(-typicality.swap_logits(seen.embeddings))),
+        "arm electrode probe": 1.0 / (1.0 + np.exp(-typicality.swap_logits(seen.features))),
     }
 
 
@@ -309,7 +309,7 @@ def measure(many: MultiTask, rows: datasets.Dataset, arguments: RefusalArguments
             for which in (True, False)
         },
         "percentile_of_the_clean_records": {
-            str(q): float(np.quantile(typicality.percentiles(typicality.distances(clean.embeddings)), q / 100))
+            str(q): float(np.quantile(typicality.percentiles(typicality.distances(clean.features)), q / 100))
             for q in (1, 5, 25, 50, 75)
         },
     }

@@ -8,20 +8,17 @@ from typing import Any
 
 import numpy as np
 from huggingface_hub import ModelCardData
-from scipy.optimize import minimize, minimize_scalar
-from scipy.special import expit
+from scipy.optimize import minimize_scalar
 
 from .tasks import TASKS, Task
 
 CARD_FILE = "task.json"
 # What adapters call their base until they are published; the fingerprint in their card is what is checked.
 BASE_MODEL = "ecg-moe/ecg-moe-base"
-# Fields of a card that came later: where they are empty they are left out, and the card is as it always was.
-LATER_FIELDS = ("label_scales", "group_bounds", "group_errors")
-# Platt scaling starts from the temperature and leaves it as far as a label's records ask for: so many records' worth.
-PLATT_PENALTY = 2.0
-# A regression's intervals are by groups of the truth where each group has so many validation records.
-MAX_GROUPS, MIN_GROUP_RECORDS = 5, 100
+# Fields of a card that came later: where they are empty they are left out, and the file is as it always was.
+LATER_FIELDS = ("group_bounds", "group_half_widths")
+# The intervals of a regression are by groups of its truth, so many where each has so many validation records.
+MAX_GROUPS, MIN_GROUP_RECORDS = 6, 100
 ABBREVIATIONS = ("auprc", "auroc", "ece", "mae", "rmse")
 
 
@@ -40,11 +37,9 @@ class AdapterCard:
             prediction (Lei et al. 2018); keys are numbers of leads.
         level: the coverage of the intervals.
         metrics: results on validation data, name to value.
-        label_scales: of each label [scale, shift]: after the temperature its logit is `scale * logit + shift` (Platt
-            2000), so that rare labels need not share the temperature of common ones. Empty: the temperature alone.
         group_bounds: rising bounds between groups of true values, in the task's unit.
-        group_errors: number of leads, as in `half_widths`, to [lowest, highest] error (truth - value) of each group;
-            see `intervals`. Empty: `half_widths` alone.
+        group_half_widths: number of leads, as in `half_widths`, to the half-width of each group; see `intervals`.
+            Empty: one width for all.
     """
 
     task: Task
@@ -56,9 +51,8 @@ class AdapterCard:
     half_widths: dict[str, float] = field(default_factory=dict)
     level: float = 0.9
     metrics: dict[str, Any] = field(default_factory=dict)
-    label_scales: list[list[float]] = field(default_factory=list)
     group_bounds: list[float] = field(default_factory=list)
-    group_errors: dict[str, list[list[float]]] = field(default_factory=dict)
+    group_half_widths: dict[str, list[float]] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write `task.json`."""
@@ -158,7 +152,7 @@ class AdapterCard:
                 ends = self.intervals(np.array([value]), num_leads)[0]
                 out |= {"interval": [round(float(end), digits) for end in ends], "level": self.level}
         else:
-            probabilities = self.probabilities(logits)
+            probabilities = task.answers(logits / self.temperature)
             if task.kind == "binary":
                 probabilities = np.array([1.0 - probabilities[0], probabilities[0]])
             out = {"labels": self._labels(probabilities)}
@@ -167,35 +161,26 @@ class AdapterCard:
             }
         return out if self.evidence == "measured" else out | {"evidence": self.evidence}
 
-    def probabilities(self, logits: np.ndarray) -> np.ndarray:
-        """Calibrated probabilities (..., outputs) of a classification's logits (..., outputs)."""
-        scaled = logits / self.temperature
-        if self.label_scales:
-            scale, shift = np.array(self.label_scales).T
-            scaled = scaled * scale + shift
-        return self.task.answers(scaled)
-
     def intervals(self, values: np.ndarray, num_leads: int) -> np.ndarray:
         """The intervals (records, 2) around a regression's values (records,), in its unit.
 
-        One half-width covers all recordings together as often as promised, and those whose truth is extreme less
-        often, since values are drawn to the middle. So each group of true values has errors of its own, and the
-        interval holds every truth whose group allows for that error: label-conditional conformal prediction (Vovk
-        2012), which covers each group as often as promised.
+        Answers are drawn to the middle, so one half-width covers records with an extreme truth less often than
+        promised and the others more often. With `group_half_widths` each group of true values has a width of its own,
+        and the interval reaches as far as there are truths whose group allows for their distance: label-conditional
+        conformal prediction (Vovk 2012), which covers every group as often as promised.
         """
-        half = self.half_widths[self._most_leads(num_leads)]
-        around = values[:, None] + np.array([-half, half])
-        errors = self.group_errors.get(self._most_leads(num_leads))
-        if errors is None:
+        key = self._most_leads(num_leads)
+        around = values[:, None] + self.half_widths[key] * np.array([-1.0, 1.0])
+        halves = self.group_half_widths.get(key)
+        if halves is None:
             return around
         bounds = np.array([-np.inf, *self.group_bounds, np.inf])
-        lows, highs = (values[:, None] + ends for ends in np.array(errors).T)
-        lows, highs = np.maximum(lows, bounds[:-1]), np.minimum(highs, bounds[1:])
+        lows = np.maximum(values[:, None] - np.array(halves), bounds[:-1])
+        highs = np.minimum(values[:, None] + np.array(halves), bounds[1:])
+        # The group of the value itself always has such truths; between two groups there is no gap.
         possible = lows <= highs
-        # The value itself is always within, though a rare one is no truth that any group allows for.
-        low = np.minimum(np.where(possible, lows, np.inf).min(axis=1), values)
-        high = np.maximum(np.where(possible, highs, -np.inf).max(axis=1), values)
-        return np.where(possible.any(axis=1, keepdims=True), np.stack([low, high], axis=1), around)
+        low, high = np.where(possible, lows, np.inf).min(axis=1), np.where(possible, highs, -np.inf).max(axis=1)
+        return np.stack([low, high], axis=1)
 
     def _most_leads(self, num_leads: int) -> str:
         """The key of `half_widths` for so many leads: the most that there are, or the widest for fewer than any."""
@@ -244,69 +229,45 @@ def calibrate(card: AdapterCard, logits: np.ndarray, targets: np.ndarray, num_le
         return float((each * known).sum() / known.sum())
 
     card.temperature = float(np.exp(minimize_scalar(loss, bounds=(-2.0, 2.0), method="bounded").x))
-    card.label_scales = []
     if task.kind != "multi_class":
-        scaled = logits / card.temperature
-        card.label_scales = [
-            platt_scale(scaled[known[:, i], i], targets[known[:, i], i]) for i in range(task.num_outputs)
-        ]
-        probabilities = card.probabilities(logits)
+        probabilities = task.answers(logits / card.temperature)
         card.thresholds = [
             best_threshold(probabilities[known[:, i], i], targets[known[:, i], i]) for i in range(task.num_outputs)
         ]
 
 
-def platt_scale(logits: np.ndarray, truth: np.ndarray) -> list[float]:
-    """[scale, shift] of one label's logits (n,), by likelihood with a penalty on leaving [1, 0]: a label with few
-    positive records stays near it. The scale is positive, so that the order of the records stays."""
-
-    def loss(parameters: np.ndarray) -> float:
-        scale, shift = parameters
-        z = scale * logits + shift
-        # The log-likelihood in a form that takes any logit.
-        return float((np.logaddexp(0.0, z) - truth * z).sum() + PLATT_PENALTY * ((scale - 1.0) ** 2 + shift**2))
-
-    def slope(parameters: np.ndarray) -> np.ndarray:
-        scale, shift = parameters
-        surplus = expit(scale * logits + shift) - truth
-        return np.array([surplus @ logits, surplus.sum()]) + 2.0 * PLATT_PENALTY * np.array([scale - 1.0, shift])
-
-    found = minimize(loss, np.array([1.0, 0.0]), jac=slope, method="L-BFGS-B", bounds=[(0.1, 10.0), (-10.0, 10.0)])
-    return [float(value) for value in found.x]
-
-
 def calibrate_intervals(card: AdapterCard, values: np.ndarray, truth: np.ndarray, num_leads: int) -> None:
-    """Fit a regression's intervals for so many leads on validation values and truth (records,); changes `card`.
-
-    The groups of the truth are those of the first call, so that all numbers of leads share them.
-    """
+    """Fit a regression's intervals for so many leads on validation values and truth (records,); changes `card`."""
     card.half_widths[str(num_leads)] = conformal_half_width(values, truth, card.level)
-    if not card.group_bounds:
-        count = min(MAX_GROUPS, len(truth) // MIN_GROUP_RECORDS)
-        card.group_bounds = (
-            [float(bound) for bound in np.unique(np.quantile(truth, np.arange(1, count) / count))] if count > 1 else []
-        )
-    if not card.group_bounds:
-        return
+    # What starts from a measurement is not drawn to the middle, and groups only make its intervals wider.
+    if not card.task.prior:
+        fit_groups(card, values, truth, num_leads)
+
+
+def fit_groups(card: AdapterCard, values: np.ndarray, truth: np.ndarray, num_leads: int) -> None:
+    """Give each group of true values its half-width where there are records enough; changes `card`.
+
+    The groups are those of the first call, so that all numbers of leads share them.
+    """
+    count = min(MAX_GROUPS, len(truth) // MIN_GROUP_RECORDS)
+    if not card.group_half_widths:
+        bounds = np.quantile(truth, np.arange(1, count) / max(1, count))
+        card.group_bounds = [float(bound) for bound in np.unique(bounds)]
     group = np.searchsorted(card.group_bounds, truth, side="right")
-    tails = 0.5 * (1.0 + card.level)
-    errors = [truth[group == i] - values[group == i] for i in range(len(card.group_bounds) + 1)]
-    if min(map(len, errors)) < MIN_GROUP_RECORDS // 2:
-        return
-    card.group_errors[str(num_leads)] = [
-        [-conformal_quantile(-e, tails), conformal_quantile(e, tails)] for e in errors
-    ]
+    sizes = np.bincount(group, minlength=len(card.group_bounds) + 1)
+    if len(sizes) > 1 and sizes.min() >= MIN_GROUP_RECORDS // 2:
+        card.group_half_widths[str(num_leads)] = [
+            conformal_half_width(values[group == i], truth[group == i], card.level) for i in range(len(sizes))
+        ]
+    elif not card.group_half_widths:
+        card.group_bounds = []
 
 
 def conformal_half_width(values: np.ndarray, truth: np.ndarray, level: float) -> float:
     """The half-width that covers a new record with probability `level` (Lei et al. 2018, algorithm 2)."""
-    return conformal_quantile(np.abs(values - truth), level)
-
-
-def conformal_quantile(errors: np.ndarray, level: float) -> float:
-    """What a new error, exchangeable with these, does not exceed with probability `level`; their greatest at most."""
+    errors = np.sort(np.abs(values - truth))
     rank = min(len(errors) - 1, int(np.ceil((len(errors) + 1) * level)) - 1)
-    return float(np.sort(errors)[rank])
+    return float(errors[rank])
 
 
 def best_threshold(probabilities: np.ndarray, truth: np.ndarray) -> float:

@@ -24,7 +24,7 @@ from .configuration_ecgmoe import EcgMoeConfig
 from .encoder import EcgMoeEncoderOutput, add_prior
 from .feature_extraction_ecgmoe import EcgMoeFeatureExtractor, Prepared
 from .folding import WEIGHTS_FILE, Backbone, folded
-from .fusion import Fusion
+from .fusion import Fusion, mean_and_max
 from .stacking import CONFIG_FILE, AdapterWeights, StackedFusion
 from .typicality import Typicality
 
@@ -66,8 +66,8 @@ HASHED_FIELDS = (
     "record_size",
     "initializer_range",
 )
-# Where `MultiTask.logits` puts the record's embedding if someone asks for it; no task can be called so.
-EMBEDDING = "pooler output"
+# Where `MultiTask.logits` puts what `typicality` looks at; no task can be called so.
+FEATURES = "features of the backbone"
 SIGNAL_KEYS = ("input_values", "lead_mask", "sample_mask", "r_peaks", "rr_intervals_s", "period_s")
 
 
@@ -240,12 +240,12 @@ class MultiTask:
         windows = [window for record in prepared for window in record.windows]
         parts = [self.logits(windows[i : i + batch_size]) for i in range(0, len(windows), batch_size)]
         logits = {name: np.concatenate([part[name] for part in parts]) for name in self.cards} if parts else {}
-        embeddings = np.concatenate([part[EMBEDDING] for part in parts]) if parts and EMBEDDING in parts[0] else None
+        features = np.concatenate([part[FEATURES] for part in parts]) if parts and FEATURES in parts[0] else None
         answers, start = [], 0
         for record in prepared:
             end = start + len(record.windows)
-            if self.typicality is not None and embeddings is not None:
-                record.quality |= self.typicality.report(embeddings[start:end])
+            if self.typicality is not None and features is not None:
+                record.quality |= self.typicality.report(features[start:end])
             num_leads = int(min(window["lead_mask"].sum() for window in record.windows))
             answers.append(
                 {
@@ -258,13 +258,13 @@ class MultiTask:
 
     @torch.inference_mode()
     def logits(self, windows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-        """task to logits (windows, outputs), from one backbone pass; where `typicality` is known, `EMBEDDING` to the
-        embeddings (windows, record_size) as well."""
+        """task to logits (windows, outputs), from one backbone pass; where `typicality` is known, also `FEATURES`
+        to what it looks at, (windows, 2 hidden_size)."""
         features = self.extractor.pad(windows, return_tensors="pt")
         encoded = self.encoder(**{name: features[name].to(self.device) for name in SIGNAL_KEYS})
         outputs = self.task_logits(encoded)
         if self.typicality is not None:
-            outputs = outputs | {EMBEDDING: self.fusion(encoded.memories())[0]}
+            outputs = outputs | {FEATURES: mean_and_max(*encoded.memories()["tokens"])}
         return {name: value.float().cpu().numpy() for name, value in outputs.items()}
 
     def stacked(self) -> StackedFusion:

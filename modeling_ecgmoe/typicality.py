@@ -1,8 +1,9 @@
 """How typical a recording is of those that the model was trained on: something else than an ECG is far from them.
 
-The distance is Mahalanobis' (Lee et al. 2018) in the space of the record's embedding, `pooler_output`, with mean and
-shrunk covariance (Ledoit and Wolf 2004) of the training split. Recordings whose arm electrodes are swapped are as
-typical as any to that distance; a logistic regression on the same embedding finds them.
+The distance is Mahalanobis' (Lee et al. 2018), with mean and shrunk covariance (Ledoit and Wolf 2004) of the training
+split, between features of the backbone: mean and extremes of its tokens, which the fusion reads too. The embedding
+that the fusion writes keeps what the tasks ask for, and noise looks more like an ECG there. Whether the electrodes of
+the arms are swapped, a logistic regression on the same features says.
 
 All of it lies in a file beside the weights, `typicality.safetensors`, written by `python -m benchmarks.refusal --fit`.
 A model without the file answers as before and says nothing of either.
@@ -25,7 +26,7 @@ FIT_AGAIN = "delete it, or fit it again with `python -m benchmarks.refusal --fit
 
 @dataclass(frozen=True)
 class Typicality:
-    """What is known of the embeddings of a model's training data, all in float32.
+    """What is known of the features of a model's training data, all in float32.
 
     Args:
         base: fingerprint of the model, see `adapters.fingerprint`.
@@ -78,23 +79,23 @@ class Typicality:
             raise ValueError(f"{path} holds numbers that are not finite; {FIT_AGAIN}")
         return cls(found, **values)
 
-    def distances(self, embeddings: np.ndarray) -> np.ndarray:
-        """How far embeddings (n, d) are from the training data, (n,)."""
-        return np.linalg.norm((embeddings - self.mean) @ self.whitening.T, axis=1)
+    def distances(self, features: np.ndarray) -> np.ndarray:
+        """How far features (n, d) are from the training data, (n,)."""
+        return np.linalg.norm((features - self.mean) @ self.whitening.T, axis=1)
 
     def percentiles(self, distances: np.ndarray) -> np.ndarray:
         """0 to 100: the share of the reference recordings that are farther away; low is untypical."""
         levels = np.linspace(100.0, 0.0, len(self.quantiles))
         return np.interp(distances, self.quantiles, levels)
 
-    def swap_logits(self, embeddings: np.ndarray) -> np.ndarray:
-        """Log-odds that the arm electrodes are swapped, (n,), for embeddings (n, d)."""
-        return embeddings @ self.swap_weight + self.swap_bias
+    def swap_logits(self, features: np.ndarray) -> np.ndarray:
+        """Log-odds that the arm electrodes are swapped, (n,), for features (n, d)."""
+        return features @ self.swap_weight + self.swap_bias
 
-    def report(self, embeddings: np.ndarray) -> dict[str, Any]:
+    def report(self, features: np.ndarray) -> dict[str, Any]:
         """What `quality` says of one recording with windows (n, d): the mean distance and the mean log-odds count."""
-        percentile = float(self.percentiles(self.distances(embeddings).mean(keepdims=True))[0])
-        swapped = float(expit(self.swap_logits(embeddings).mean()))
+        percentile = float(self.percentiles(self.distances(features).mean(keepdims=True))[0])
+        swapped = float(expit(self.swap_logits(features).mean()))
         return {"typicality": round(percentile, 1), "arm_electrodes_swapped": round(swapped, 4)}
 
 
@@ -106,8 +107,8 @@ def fit_typicality(base: str, training: np.ndarray, swapped: np.ndarray, referen
     """Learn what is typical.
 
     Args:
-        base: fingerprint of the model that made the embeddings.
-        training: (n, d), embeddings of the training split.
+        base: fingerprint of the model that made the features.
+        training: (n, d), features of the training split.
         swapped: (n, d), of the same recordings with swapped arm electrodes.
         reference: (m, d), of recordings that the model was not trained on: its own training data look more typical to
             it than any others ever will, so that percentiles of their distances would be too low for everybody.
@@ -119,7 +120,7 @@ def fit_typicality(base: str, training: np.ndarray, swapped: np.ndarray, referen
     count, size = training.shape
     if count <= size or swapped.shape[1] != size or reference.shape[1] != size or len(reference) < 2:
         raise ValueError(
-            f"expected more than {size} training embeddings and two references or more, of one width; found "
+            f"expected more than {size} training features and two references or more, of one width; found "
             f"{training.shape}, swapped {swapped.shape}, reference {reference.shape}; use more recordings"
         )
     if is_sklearn_available():  # not at the top: answers need no scikit-learn, and the Hub's copies ask for none
