@@ -23,7 +23,7 @@ from checkpoints import save_arguments, write_log
 from data_builders.csv_table import read_table
 from data_builders.label_column import find_kind, infer_task
 from evaluation import point_metric, predict_logits
-from modeling_ecgmoe.adapter_card import AdapterCard, calibrate, conformal_half_width
+from modeling_ecgmoe.adapter_card import AdapterCard, calibrate, calibrate_intervals
 from modeling_ecgmoe.adapters import fingerprint
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.leads import NUM_LIMB_LEADS, find_lead
@@ -310,9 +310,7 @@ def calibrate_on(
             known = np.isfinite(targets)
             if not known.any():
                 continue
-            card.half_widths[str(count)] = conformal_half_width(
-                task.answers(logits)[known], targets[known], card.level
-            )
+            calibrate_intervals(card, task.answers(logits)[known], targets[known], count)
     for name, result in results.items():
         prefix = "" if name == task.metric else f"{name}_"
         card.metrics |= {

@@ -340,6 +340,11 @@ def _accuracy(targets: np.ndarray, predictions: np.ndarray, weights: np.ndarray)
     return _weighted_mean_error(right[:, None].astype(np.float64), counted[:, None], weights)
 
 
+def _coverage(targets: np.ndarray, predictions: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The share of records whose truth lies in what was predicted: targets are 1, predictions 1 where it does."""
+    return _weighted_mean_error((predictions >= DECISION_THRESHOLD).astype(np.float64), targets == 1, weights)
+
+
 def _each_label(
     of_label: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray],
 ) -> Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]:
@@ -397,6 +402,19 @@ def _average_precision(target: np.ndarray, prediction: np.ndarray, weight: np.nd
 def _expected_calibration_error(target: np.ndarray, prediction: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Mean distance of probability and frequency over bins of equal width (Guo et al. 2017, equation 3)."""
     bins = np.minimum((prediction * NUM_CALIBRATION_BINS).astype(np.int64), NUM_CALIBRATION_BINS - 1)
+    return _distance_in_bins(target, prediction, weight, bins)
+
+
+def _equal_mass_calibration_error(target: np.ndarray, prediction: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """The same over bins that hold as many records each (Nixon et al. 2019); records of one prediction stay together.
+
+    The bins are those of the data, in every resample: a rare label is looked at where its probabilities are.
+    """
+    inner = np.quantile(prediction, np.arange(1, NUM_CALIBRATION_BINS) / NUM_CALIBRATION_BINS)
+    return _distance_in_bins(target, prediction, weight, np.searchsorted(inner, prediction, side="right"))
+
+
+def _distance_in_bins(target: np.ndarray, prediction: np.ndarray, weight: np.ndarray, bins: np.ndarray) -> np.ndarray:
     surplus = np.zeros((NUM_CALIBRATION_BINS, len(target)))
     surplus[bins, np.arange(len(target))] = prediction - target
     return _divide(np.abs(surplus @ weight).sum(axis=0), weight.sum(axis=0))
@@ -414,5 +432,12 @@ METRICS: dict[str, Metric] = {
         Metric("macro_f1", "macro F1", _macro_f1),
         Metric("accuracy", "accuracy", _accuracy, evaluated=_has_one_label),
         Metric("ece", "calibration error", _each_label(_expected_calibration_error), higher_is_better=False),
+        Metric(
+            "ece_equal_mass",
+            "calibration error",
+            _each_label(_equal_mass_calibration_error),
+            higher_is_better=False,
+        ),
+        Metric("coverage", "coverage", _coverage),
     )
 }

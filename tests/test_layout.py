@@ -40,7 +40,7 @@ LAYERS = (
     {"configuration_ecgmoe", "feature_extraction_ecgmoe"},
     {"temporal", "routing", "fusion", "encoder"},
     {"modeling_ecgmoe", "classification_ecgmoe"},
-    {"metrics", "adapter_card", "folding", "stacking", "adapters", "lora"},
+    {"metrics", "adapter_card", "folding", "stacking", "typicality", "adapters", "lora"},
     {"record_answers"},
     {"prediction", "answer_files", "leaks", "upload", "cards"},
     {"pipeline_ecgmoe", "publish", "publish_dataset", "export_page", "export_model", "embeddings"},

@@ -1,0 +1,268 @@
+"""What the adapters' probabilities and intervals are worth on recordings that they were not calibrated on.
+
+    python -m benchmarks.calibration --data_dir ptb-xl
+
+Fold 9 is split into two halves by patient; a calibration is fitted on one half and looked at on the other, and then
+the other way round, so that every record counts once. Calibration errors are over 15 bins of equal mass; `details`
+has those over bins of equal width too. A calibration error of a finite sample is not zero even where every
+probability is right: `by_chance` is its mean over labels drawn from the probabilities themselves. A scale and a shift
+of each label (Platt 2000) in the place of the temperature, and half-widths by groups of true values in the place of
+one, are measured beside what the adapters do, whether they do it or not.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from transformers import HfArgumentParser
+
+from benchmarks.quality import origin
+from evaluation import predict_adapters
+from modeling_ecgmoe.adapter_card import AdapterCard, calibrate, fit_groups
+from modeling_ecgmoe.adapters import MultiTask
+from modeling_ecgmoe.metrics import MetricResult, bootstrap_interval
+from modeling_ecgmoe.tasks import TASKS
+from records import DataArguments, Records, load_split
+
+COMMAND = "python -m benchmarks.calibration --data_dir ptb-xl"
+CLASSES, REGRESSIONS = ("sex", "arrhythmia"), ("age", "rr_interval")
+MIN_POSITIVES = 20  # rarer labels are left out
+CHANCE_DRAWS = 200
+ALL_LEADS = 12
+
+
+@dataclass
+class CalibrationArguments:
+    """What to measure."""
+
+    model: str = field(default="hub/model", metadata={"help": "ECG-MoE, with its adapters beside it"})
+    split: str = field(default="validation", metadata={"help": "validation or test"})
+    out: Path = field(default=Path("benchmarks/results/calibration.json"), metadata={"help": "result file"})
+    resamples: int = field(default=1000, metadata={"help": "bootstrap resamples of patients"})
+    seed: int = field(default=0, metadata={"help": "of the split into halves"})
+
+
+def first_half(patients: Sequence[str], seed: int) -> np.ndarray:
+    """Whether each record is of the first half of the patients, bool (records,)."""
+    whose = np.unique(np.asarray(patients), return_inverse=True)[1]
+    drawn = np.random.default_rng(seed).permutation(whose.max() + 1) < (whose.max() + 1) // 2
+    return drawn[whose]
+
+
+def calibrations(card: AdapterCard, logits: np.ndarray, targets: np.ndarray, half: np.ndarray) -> list[AdapterCard]:
+    """The calibration of the first half and that of the other, each with nothing of what `card` was fitted on."""
+    fitted = []
+    for part in (half, ~half):
+        fresh = AdapterCard(card.task, card.base, level=card.level)
+        calibrate(fresh, logits[part], targets[part], ALL_LEADS)
+        if card.task.kind == "regression":
+            known = part & np.isfinite(targets[:, 0])
+            fit_groups(fresh, card.task.answers(logits)[known, 0], targets[known, 0], ALL_LEADS)
+        fitted.append(fresh)
+    return fitted
+
+
+def crossed(of_first: np.ndarray, of_other: np.ndarray, half: np.ndarray) -> np.ndarray:
+    """What each record is told by the half that it is not in; both (records, ...)."""
+    return np.where(half.reshape(-1, *[1] * (of_first.ndim - 1)), of_other, of_first)
+
+
+# ------------------------------------------------------------------------------------------------------- probabilities
+
+
+def platt(logits: np.ndarray, targets: np.ndarray, part: np.ndarray) -> np.ndarray:
+    """Probabilities (records, labels) with a scale and a shift of each label that were fitted on a part of the
+    records; NaN for a label that has one class there."""
+    told = np.full(logits.shape, np.nan)
+    for column in range(logits.shape[1]):
+        known = part & np.isfinite(targets[:, column])
+        if 0 < targets[known, column].sum() < known.sum():
+            fitted = LogisticRegression(C=1.0).fit(logits[known, column : column + 1], targets[known, column])
+            told[:, column] = fitted.predict_proba(logits[:, column : column + 1])[:, 1]
+    return told
+
+
+def measure_probabilities(
+    card: AdapterCard,
+    logits: np.ndarray,
+    targets: np.ndarray,
+    patients: Sequence[str],
+    arguments: CalibrationArguments,
+) -> list[dict[str, Any]]:
+    """Calibration errors of each label with enough positive records: without a calibration, by temperature, and with a
+    scale and a shift of each label."""
+    half = first_half(patients, arguments.seed)
+    fitted = calibrations(card, logits, targets, half)
+    told = {
+        "uncalibrated": card.task.answers(logits),
+        "temperature": crossed(*(card.task.answers(logits / each.temperature) for each in fitted), half),
+        "scale and shift": crossed(platt(logits, targets, half), platt(logits, targets, ~half), half),
+    }
+    rng = np.random.default_rng(arguments.seed)
+    rows = []
+    for column in range(targets.shape[1]):
+        truth = targets[:, column]
+        positives = int(np.nansum(truth))
+        if min(positives, np.isfinite(truth).sum() - positives) < MIN_POSITIVES:
+            continue
+        found: dict[str, dict[str, Any]] = {}
+        for metric in ("ece_equal_mass", "ece"):
+            found[metric] = {
+                name: bootstrap_interval(
+                    metric, truth, p[:, column], resamples=arguments.resamples, groups=patients
+                ).to_dict()
+                for name, p in told.items()
+            }
+            found[metric]["by chance"] = by_chance(metric, told["temperature"][:, column], rng)
+        rows.append(
+            {"answer": card.task.labels[-1] if card.task.kind == "binary" else card.task.labels[column]}
+            | {"positives": positives, "equal_mass": found["ece_equal_mass"], "equal_width": found["ece"]}
+            | {"log_loss": {name: log_loss(p[:, column], truth) for name, p in told.items()}}
+        )
+    return rows
+
+
+def by_chance(metric: str, probabilities: np.ndarray, rng: np.random.Generator) -> float:
+    """The calibration error to expect where every probability is right."""
+    draws = [
+        bootstrap_interval(metric, labels, probabilities, resamples=0).value
+        for labels in (rng.random((CHANCE_DRAWS, len(probabilities))) < probabilities).astype(float)
+        if 0 < labels.sum() < len(labels)
+    ]
+    return float(np.mean(draws))
+
+
+def log_loss(probabilities: np.ndarray, truth: np.ndarray) -> float:
+    """The mean of -log of what was given to the truth, in nats."""
+    known = np.isfinite(truth)
+    given = np.where(truth[known] == 1, probabilities[known], 1.0 - probabilities[known])
+    return float(-np.log(np.clip(given, 1e-7, 1.0)).mean())
+
+
+# ----------------------------------------------------------------------------------------------------------- intervals
+
+
+def measure_intervals(
+    card: AdapterCard,
+    logits: np.ndarray,
+    targets: np.ndarray,
+    groups: dict[str, np.ndarray],
+    patients: Sequence[str],
+    arguments: CalibrationArguments,
+) -> list[dict[str, Any]]:
+    """How often the intervals hold the truth, overall and in groups of records, with one width for all and with
+    one for each group of true values; and how wide they are."""
+    half = first_half(patients, arguments.seed)
+    fitted = calibrations(card, logits, targets, half)
+    alone = [replace(each, group_half_widths={}) for each in fitted]
+    values, truth = card.task.answers(logits)[:, 0], targets[:, 0]
+    told = {
+        "one width": crossed(*(each.intervals(values, ALL_LEADS) for each in alone), half),
+        "by groups": crossed(*(each.intervals(values, ALL_LEADS) for each in fitted), half),
+    }
+    rows = []
+    for group, members in groups.items():
+        here = members & np.isfinite(truth)
+        if here.sum() < MIN_POSITIVES:
+            continue
+        row: dict[str, Any] = {"answer": card.task.name, "group": group, "records": int(here.sum())}
+        for name, ends in told.items():
+            row[name] = coverage(ends[here], truth[here], np.asarray(patients)[here], arguments.resamples).to_dict()
+            row[f"{name}, mean width"] = float((ends[here, 1] - ends[here, 0]).mean())
+        rows.append(row)
+    return rows
+
+
+def coverage(ends: np.ndarray, truth: np.ndarray, patients: np.ndarray, resamples: int) -> MetricResult:
+    """The share of the truth (records,) within ends (records, 2)."""
+    inside = ((ends[:, 0] <= truth) & (truth <= ends[:, 1])).astype(float)
+    return bootstrap_interval("coverage", np.ones(len(truth)), inside, resamples=resamples, groups=patients)
+
+
+def groups_of(age: np.ndarray, sex: np.ndarray) -> dict[str, np.ndarray]:
+    """The records that are looked at by themselves, bool (records,); in no age group where the age is unknown."""
+    return {
+        "all": np.ones(len(age), bool),
+        "male": sex == 0,
+        "female": sex == 1,
+        "under 40": age < 40,
+        "40 to 60": (age >= 40) & (age < 60),
+        "60 to 80": (age >= 60) & (age <= 80),
+        "over 80": age > 80,
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------- table
+
+
+def table(labels: list[dict[str, Any]], intervals: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the README: each label, and of each interval all records and the worst group."""
+    rows = [
+        {
+            "answer": row["answer"],
+            "uncalibrated": row["equal_mass"]["uncalibrated"],
+            "one temperature or width": row["equal_mass"]["temperature"],
+            "by label or group": row["equal_mass"]["scale and shift"],
+            "by chance, if right": f"{row['equal_mass']['by chance']:.3f}",
+        }
+        for row in labels
+    ]
+    for name in dict.fromkeys(row["answer"] for row in intervals):
+        overall, *groups = (row for row in intervals if row["answer"] == name)
+        worst = [min(groups, key=lambda row: row[how]["value"])["group"] for how in ("one width", "by groups")]
+        shown = [overall, *(row for row in groups if row["group"] in worst)]
+        rows += [
+            {
+                "answer": f"90 % interval of {name}, {row['group']}",
+                "uncalibrated": None,
+                "one temperature or width": row["one width"],
+                "by label or group": row["by groups"],
+                "by chance, if right": None,
+            }
+            for row in shown
+        ]
+    return rows
+
+
+def main() -> None:
+    """Measure and write the file."""
+    data, arguments = HfArgumentParser((DataArguments, CalibrationArguments)).parse_args_into_dataclasses()
+    many = MultiTask.from_pretrained(arguments.model, [*CLASSES, *REGRESSIONS])
+    rows = load_split(data, arguments.split)
+    records = Records(rows, many.extractor, [TASKS[name] for name in (*CLASSES, *REGRESSIONS)], data.num_proc)
+    logits = predict_adapters(many, records)
+    targets = {name: values.numpy() for name, values in records.labels.items()}
+    groups = groups_of(targets["age"][:, 0], targets["sex"][:, 0])
+    labels = [
+        row
+        for name in CLASSES
+        for row in measure_probabilities(many.cards[name], logits[name], targets[name], records.patient_ids, arguments)
+    ]
+    intervals = [
+        row
+        for name in REGRESSIONS
+        for row in measure_intervals(
+            many.cards[name], logits[name], targets[name], groups, records.patient_ids, arguments
+        )
+    ]
+    fold = {"validation": "fold 9", "test": "fold 10"}[arguments.split]
+    result = {
+        "name": arguments.out.stem,
+        "command": f"{COMMAND} --split {arguments.split}",
+        "seed": arguments.seed,
+        **origin(),
+        "data": {"set": f"PTB-XL 1.0.3, 100 Hz, {fold}, halves by patient", "records": len(records)},
+        "rows": table(labels, intervals),
+        "details": {"labels": labels, "intervals": intervals},
+    }
+    arguments.out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    for row in result["rows"]:
+        print(row["answer"], {k: round(v["value"], 4) for k, v in row.items() if isinstance(v, dict)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""What calibration promises: probabilities that are frequencies, intervals that cover, cards that stay readable."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.special import expit
+
+from benchmarks.calibration import (
+    CalibrationArguments,
+    by_chance,
+    first_half,
+    groups_of,
+    measure_intervals,
+    measure_probabilities,
+    platt,
+    table,
+)
+from modeling_ecgmoe.adapter_card import AdapterCard, calibrate, calibrate_intervals
+from modeling_ecgmoe.metrics import bootstrap_interval
+from modeling_ecgmoe.tasks import TASKS
+
+HONEST = 2  # the label of `exaggerated_logits` whose logits are right
+NUM_LABELS = len(TASKS["superclass"].labels)
+
+
+def exaggerated_logits(num_records: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Logits (records, labels) whose labels are wrong in ways of their own, and labels drawn from honest ones."""
+    rng = np.random.default_rng(seed)
+    honest = rng.normal(-1.0, 2.0, size=(num_records, NUM_LABELS))
+    truth = (rng.random(honest.shape) < expit(honest)).astype(float)
+    scales, shifts = np.array([4.0, 2.0, 1.0, 0.5, 1.0]), np.array([0.0, 1.0, 0.0, 0.0, -2.0])
+    return honest * scales + shifts, truth
+
+
+def ages_drawn_to_the_middle(num_records: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Values and true ages (records,): a guess that keeps half of the distance to the mean, as unsure ones do."""
+    rng = np.random.default_rng(seed)
+    truth = rng.normal(60.0, 17.0, num_records)
+    return 60.0 + 0.6 * (truth - 60.0) + rng.normal(0.0, 6.0, num_records), truth
+
+
+def logits_of_ages(values: np.ndarray) -> np.ndarray:
+    return ((values - TASKS["age"].center) / TASKS["age"].spread)[:, None]
+
+
+# Probabilities
+
+
+def test_calibration_mends_exaggerated_probabilities() -> None:
+    logits, truth = exaggerated_logits(6000, seed=0)
+    card = AdapterCard(TASKS["superclass"], "abc")
+    calibrate(card, 3.0 * logits, truth)
+    fresh, fresh_truth = exaggerated_logits(20_000, seed=1)
+    before, after = (
+        bootstrap_interval("ece_equal_mass", fresh_truth[:, HONEST], expit(values[:, HONEST]), resamples=0).value
+        for values in (3.0 * fresh, 3.0 * fresh / card.temperature)
+    )
+    assert card.temperature > 2.0
+    assert after < 0.5 * before
+
+
+def test_a_scale_and_a_shift_of_each_label_mend_what_one_temperature_cannot() -> None:
+    logits, truth = exaggerated_logits(26_000, seed=0)
+    part = np.arange(26_000) < 6000
+    card = AdapterCard(TASKS["superclass"], "abc")
+    calibrate(card, logits[part], truth[part])
+    after, before = (
+        bootstrap_interval("ece_equal_mass", truth[~part], told[~part], resamples=0)
+        for told in (platt(logits, truth, part), expit(logits / card.temperature))
+    )
+    assert max(value for value in after.per_label if value is not None) < 0.02
+    assert before.value > 3 * after.value
+
+
+def test_a_label_of_one_class_has_no_scale() -> None:
+    logits, truth = exaggerated_logits(100, seed=0)
+    truth[:50, 1] = 0.0
+    told = platt(logits, truth, np.arange(100) < 50)
+    assert np.isnan(told[:, 1]).all()
+    assert np.isfinite(told[:, [0, 2, 3, 4]]).all()
+
+
+# Intervals
+
+
+def test_intervals_by_groups_cover_the_old_and_the_young_as_often_as_promised() -> None:
+    values, truth = ages_drawn_to_the_middle(6000, seed=0)
+    card = AdapterCard(TASKS["age"], "abc")
+    calibrate_intervals(card, values, truth, 12)
+    fresh, fresh_truth = ages_drawn_to_the_middle(20_000, seed=1)
+    group = np.searchsorted(card.group_bounds, fresh_truth, side="right")
+
+    def covered(how: AdapterCard) -> np.ndarray:
+        low, high = how.intervals(fresh, 12).T
+        inside = (low <= fresh_truth) & (fresh_truth <= high)
+        return np.array([inside[group == i].mean() for i in range(len(card.group_bounds) + 1)])
+
+    by_groups = covered(card)
+    card.group_half_widths = {}
+    one_width = covered(card)
+    assert by_groups.min() > 0.88
+    assert by_groups.max() < 0.95
+    assert one_width.min() < 0.85
+
+
+def test_an_interval_is_one_stretch_with_its_value_inside() -> None:
+    values, truth = ages_drawn_to_the_middle(3000, seed=3)
+    card = AdapterCard(TASKS["age"], "abc")
+    calibrate(card, logits_of_ages(values), truth[:, None])
+    asked = np.linspace(-200.0, 400.0, 601)
+    low, high = card.intervals(asked, 12).T
+    assert np.isfinite([low, high]).all()
+    assert (low <= asked).all()
+    assert (asked <= high).all()
+    answer = card.answer(logits_of_ages(np.array([60.0]))[0], 12)
+    assert answer["interval"] == [pytest.approx(end, abs=0.006) for end in card.intervals(np.array([60.0]), 12)[0]]
+
+
+def test_few_records_make_no_groups() -> None:
+    values, truth = ages_drawn_to_the_middle(150, seed=0)
+    card = AdapterCard(TASKS["age"], "abc")
+    calibrate_intervals(card, values, truth, 12)
+    assert (card.group_bounds, card.group_half_widths) == ([], {})
+    low, high = card.intervals(np.array([50.0]), 12)[0]
+    assert high - low == pytest.approx(2 * card.half_widths["12"])
+
+
+def test_fewer_leads_have_errors_of_their_own_in_the_same_groups() -> None:
+    values, truth = ages_drawn_to_the_middle(3000, seed=0)
+    worse = values + np.random.default_rng(1).normal(0.0, 12.0, len(values))
+    card = AdapterCard(TASKS["age"], "abc")
+    calibrate_intervals(card, values, truth, 12)
+    bounds = list(card.group_bounds)
+    calibrate_intervals(card, worse, truth, 6)
+    assert card.group_bounds == bounds
+    widths = {leads: np.diff(card.intervals(np.array([60.0]), leads))[0, 0] for leads in (12, 8, 2)}
+    assert widths[12] < widths[8] == widths[2]
+
+
+def test_what_starts_from_a_measurement_has_one_width() -> None:
+    card = AdapterCard(TASKS["rr_interval"], "abc")
+    truth = np.random.default_rng(0).normal(850.0, 200.0, 2000)
+    calibrate_intervals(card, truth + np.random.default_rng(1).normal(0.0, 3.0, 2000), truth, 12)
+    assert card.group_bounds == []
+    assert 4.5 < card.half_widths["12"] < 5.5
+
+
+def test_a_truth_that_is_always_the_same_makes_one_group() -> None:
+    card = AdapterCard(TASKS["age"], "abc")
+    calibrate_intervals(card, np.random.default_rng(0).normal(60.0, 5.0, 1000), np.full(1000, 60.0), 12)
+    assert card.answer(np.zeros(1), 12)["interval"][0] < 60.0 < card.answer(np.zeros(1), 12)["interval"][1]
+
+
+# Cards
+
+
+def test_a_card_without_the_later_fields_is_the_file_that_it_always_was(tmp_path: Path) -> None:
+    AdapterCard(TASKS["age"], "abc", half_widths={"12": 8.0}).save(tmp_path)
+    assert set(json.loads((tmp_path / "task.json").read_text())) == {
+        "task", "base", "evidence", "trained_on", "temperature", "thresholds", "half_widths", "level", "metrics",
+    }  # fmt: skip
+    assert AdapterCard.load(tmp_path).intervals(np.array([60.0]), 12).tolist() == [[52.0, 68.0]]
+
+
+@pytest.mark.parametrize("name", ["age", "superclass"])
+def test_a_calibrated_card_comes_back_as_it_was(name: str, tmp_path: Path) -> None:
+    card = AdapterCard(TASKS[name], "abc")
+    if name == "age":
+        values, truth = ages_drawn_to_the_middle(1000, seed=0)
+        calibrate(card, logits_of_ages(values), truth[:, None])
+    else:
+        calibrate(card, *exaggerated_logits(1000, seed=0))
+    card.save(tmp_path)
+    assert AdapterCard.load(tmp_path) == card
+    assert bool(card.group_half_widths) == (name == "age")
+
+
+# The benchmark
+
+
+def test_bins_of_equal_mass_see_what_bins_of_equal_width_leave_out() -> None:
+    # 15 kinds of records, as many of each, all of them rare: of equal width there is one bin, and in it they cancel.
+    predictions = np.repeat(np.linspace(0.001, 0.06, 15), 1000)
+    frequencies = np.linspace(0.06, 0.001, 15)
+    truth = np.concatenate([np.arange(1000) < round(1000 * f) for f in frequencies]).astype(float)
+    expected = np.abs(predictions.reshape(15, 1000)[:, 0] - truth.reshape(15, 1000).mean(axis=1)).mean()
+    mass, width = (bootstrap_interval(m, truth, predictions, resamples=0).value for m in ("ece_equal_mass", "ece"))
+    assert mass == pytest.approx(expected, abs=1e-9)
+    assert width < 0.1 * mass
+
+
+def test_a_constant_probability_is_one_bin() -> None:
+    truth = (np.arange(400) < 100).astype(float)
+    assert bootstrap_interval("ece_equal_mass", truth, np.full(400, 0.4), resamples=0).value == pytest.approx(0.15)
+
+
+def test_right_probabilities_have_the_error_of_chance() -> None:
+    rng = np.random.default_rng(0)
+    probabilities = rng.random(2000)
+    truth = (rng.random(2000) < probabilities).astype(float)
+    chance = by_chance("ece_equal_mass", probabilities, rng)
+    found = bootstrap_interval("ece_equal_mass", truth, probabilities, resamples=0).value
+    assert 0.01 < chance < 0.05
+    assert found == pytest.approx(chance, abs=0.015)
+
+
+def test_no_patient_is_in_both_halves() -> None:
+    patients = [f"p{i // 3}" for i in range(300)]
+    half = first_half(patients, seed=0)
+    assert not {p for p, first in zip(patients, half, strict=True) if first} & {
+        p for p, first in zip(patients, half, strict=True) if not first
+    }
+    assert 100 < half.sum() < 200
+    assert (first_half(patients, seed=1) != half).any()
+
+
+def test_the_table_shows_each_label_and_the_worst_group_of_each_interval() -> None:
+    arguments = CalibrationArguments(resamples=20)
+    logits, truth = exaggerated_logits(2000, seed=0)
+    values, ages = ages_drawn_to_the_middle(2000, seed=0)
+    patients = [str(i // 2) for i in range(2000)]
+    labels = measure_probabilities(AdapterCard(TASKS["superclass"], "abc"), logits, truth, patients, arguments)
+    groups = groups_of(ages, np.arange(2000) % 2)
+    card = AdapterCard(TASKS["age"], "abc")
+    intervals = measure_intervals(card, logits_of_ages(values), ages[:, None], groups, patients, arguments)
+    assert [row["answer"] for row in labels] == list(TASKS["superclass"].labels)
+    assert all(row["log_loss"]["scale and shift"] < row["log_loss"]["uncalibrated"] + 0.01 for row in labels)
+    assert {row["group"] for row in intervals} == set(groups)
+    assert card == AdapterCard(TASKS["age"], "abc"), "measuring leaves the card alone"
+    rows = table(labels, intervals)
+    worst = [row for row in rows if row["answer"].startswith("90 % interval of age, ")][1:]
+    assert min(row["one temperature or width"]["value"] for row in worst) < 0.85
+    assert all(0.86 < row["by label or group"]["value"] < 0.95 for row in worst)

@@ -1,0 +1,238 @@
+"""What is typical: noise is not, the file beside the weights is checked, and a model without it answers as before."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from tiny_model import save_tiny_model
+
+from benchmarks.refusal import SPOILED, amiss, most_suspicious, pink_noise, swap_arms
+from data_builders.synthetic import synthetic_ecg
+from modeling_ecgmoe.adapters import MultiTask
+from modeling_ecgmoe.leads import LEADS
+from modeling_ecgmoe.record_answers import answer_records, prepare_record
+from modeling_ecgmoe.typicality import TYPICALITY_FILE, Typicality, fit_typicality
+
+ROOT = Path(__file__).resolve().parents[1]
+HUB = ROOT / "hub" / "model"
+SIZE = 8
+
+
+def embeddings(count: int, seed: int) -> np.ndarray:
+    """Correlated numbers (count, SIZE) of different spreads, as a network gives them."""
+    mixing = np.random.default_rng(99).normal(size=(SIZE, SIZE))
+    return (np.random.default_rng(seed).normal(size=(count, SIZE)) @ mixing + 3.0).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def fitted() -> Typicality:
+    training = embeddings(2000, seed=0)
+    return fit_typicality("abc", training, training + 1.5, embeddings(1000, seed=1))
+
+
+def hearts(count: int, seed: int = 0) -> list[np.ndarray]:
+    """Synthetic recordings (12, samples) in mV at 100 Hz."""
+    rates = np.random.default_rng(seed).uniform(50, 110, count)
+    return [
+        synthetic_ecg(sampling_rate=100, seed=seed + i, rate_bpm=float(rate), noise_mv=0.01, variation=0.2).ecg.signal
+        for i, rate in enumerate(rates)
+    ]
+
+
+def quality_of(many: MultiTask, signal: np.ndarray) -> dict[str, Any]:
+    record = prepare_record(many, {"record": "r", "path": None}, signal.astype(np.float32), 100.0, LEADS)
+    return answer_records(many, [record], 8)[0]["quality"]
+
+
+# The distance
+
+
+def test_percentiles_say_how_many_are_farther_away(fitted: Typicality) -> None:
+    fresh = fitted.percentiles(fitted.distances(embeddings(4000, seed=2)))
+    assert [np.mean(fresh <= p) for p in (10, 50, 90)] == pytest.approx([0.1, 0.5, 0.9], abs=0.05)
+    assert fitted.percentiles(np.array([0.0, 1e6])).tolist() == [100.0, 0.0]
+
+
+def test_the_distance_does_not_care_for_units(fitted: Typicality) -> None:
+    scale = np.array([1, 10, 100, 1, 1, 0.1, 1, 1], np.float32)
+    training = embeddings(2000, seed=0)
+    other = fit_typicality("abc", training * scale, training * scale, embeddings(1000, seed=1) * scale)
+    fresh = embeddings(100, seed=3)
+    ranks, others = fitted.distances(fresh), other.distances(fresh * scale)
+    # Shrinking is towards a sphere, which units do change a little.
+    assert np.corrcoef(ranks, others)[0, 1] > 0.9
+
+
+def test_the_probe_finds_what_was_swapped(fitted: Typicality) -> None:
+    fresh = embeddings(500, seed=4)
+    assert np.mean(fitted.swap_logits(fresh) < 0) > 0.8
+    assert np.mean(fitted.swap_logits(fresh + 1.5) > 0) > 0.8
+
+
+def test_too_few_recordings_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected more than 8 training embeddings.*use more recordings"):
+        fit_typicality("abc", embeddings(8, 0), embeddings(8, 1), embeddings(8, 2))
+
+
+# The file
+
+
+def test_the_file_comes_back_as_it_was(fitted: Typicality, tmp_path: Path) -> None:
+    path = fitted.save(tmp_path)
+    assert path.name == TYPICALITY_FILE
+    again = Typicality.load(tmp_path, "abc")
+    assert again is not None
+    fresh = embeddings(10, seed=5)
+    np.testing.assert_array_equal(again.distances(fresh), fitted.distances(fresh))
+    assert again.report(fresh) == fitted.report(fresh)
+
+
+def test_no_file_is_no_error(tmp_path: Path) -> None:
+    assert Typicality.load(tmp_path, "abc") is None
+
+
+def spoil_nothing_but(**changes: np.ndarray) -> Any:
+    def spoil(path: Path) -> None:
+        values = load_file(path) | changes
+        save_file({name: value for name, value in values.items() if value.size}, path, metadata={"base": "abc"})
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:200]), "cannot be read"),
+        (lambda path: path.write_bytes(b""), "cannot be read"),
+        (lambda path: path.write_bytes(b"\xff" * 64), "cannot be read"),
+        (spoil_nothing_but(mean=np.zeros(0, np.float32)), "cannot be read"),
+        (spoil_nothing_but(mean=np.zeros(5, np.float32)), "do not fit each other"),
+        (spoil_nothing_but(quantiles=np.zeros(1, np.float32)), "do not fit each other"),
+        (spoil_nothing_but(quantiles=np.full(5, np.nan, np.float32)), "not finite"),
+    ],
+)
+def test_a_damaged_file_is_refused_with_the_way_out(
+    fitted: Typicality, tmp_path: Path, spoil: Any, message: str
+) -> None:
+    spoil(fitted.save(tmp_path))
+    with pytest.raises(ValueError, match=rf"{message}.*fit it again with `python -m benchmarks\.refusal --fit`"):
+        Typicality.load(tmp_path, "abc")
+
+
+def test_the_file_of_another_model_is_refused(fitted: Typicality, tmp_path: Path) -> None:
+    fitted.save(tmp_path)
+    with pytest.raises(ValueError, match="was fitted to the model abc, this one is xyz; delete it, or fit it again"):
+        Typicality.load(tmp_path, "xyz")
+
+
+# Answers
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("hub"), tasks=("age", "sex"))
+
+
+def test_the_quality_of_a_recording_says_how_typical_it_is(model: Path, tmp_path: Path) -> None:
+    many = MultiTask.from_pretrained(model)
+    before = quality_of(many, hearts(1, seed=500)[0])
+    assert "typicality" not in before
+
+    def embed(signals: list[np.ndarray]) -> np.ndarray:
+        windows = [many.prepare(signal, 100.0, LEADS).windows[0] for signal in signals]
+        features = many.extractor.pad(windows, return_tensors="pt")
+        with torch.inference_mode():
+            encoded = many.encoder(**{name: features[name] for name in many.extractor.model_input_names})
+            return many.fusion(encoded.memories())[0].numpy()
+
+    signals = hearts(60)
+    swapped = [swap_arms(signal) for signal in signals]
+    typicality = fit_typicality(many.base, embed(signals), embed(swapped), embed(hearts(30, seed=300)))
+    path = typicality.save(model)
+    try:
+        knowing = MultiTask.from_pretrained(model)
+        rng = np.random.default_rng(0)
+        heart, noise = hearts(1, seed=500)[0], SPOILED["white noise, 0.2 mV"](np.zeros((12, 1000)), rng)
+        of_heart, of_noise = quality_of(knowing, heart), quality_of(knowing, noise)
+        assert of_heart["typicality"] > of_noise["typicality"]
+        assert 0.0 <= of_heart["arm_electrodes_swapped"] <= 1.0
+        assert {k: v for k, v in of_heart.items() if k in before} == before
+        windows = many.prepare(heart, 100.0, LEADS).windows
+        for name, logits in many.logits(windows).items():
+            np.testing.assert_array_equal(knowing.logits(windows)[name], logits)
+        assert knowing.answer([knowing.prepare(heart, 100.0, LEADS)])[0].keys() == {"age", "sex"}
+    finally:
+        path.unlink()
+
+
+def test_a_file_of_another_model_stops_the_model_from_loading(fitted: Typicality, model: Path) -> None:
+    path = fitted.save(model)
+    try:
+        with pytest.raises(ValueError, match="was fitted to the model abc"):
+            MultiTask.from_pretrained(model)
+    finally:
+        path.unlink()
+
+
+@pytest.mark.skipif(not (HUB / TYPICALITY_FILE).is_file(), reason=f"hub/model holds no {TYPICALITY_FILE}")
+def test_noise_is_less_typical_than_a_heart_for_the_published_model() -> None:
+    many = MultiTask.from_pretrained(HUB, [])
+    heart = quality_of(many, hearts(1)[0])
+    rng = np.random.default_rng(0)
+    noises = [name for name in SPOILED if "noise" in name]
+    assert len(noises) == 3
+    for name in noises:
+        assert quality_of(many, SPOILED[name](np.zeros((12, 1000)), rng))["typicality"] < heart["typicality"], name
+    assert (HUB / TYPICALITY_FILE).stat().st_size < 1e6
+
+
+# What is spoiled on purpose
+
+
+def test_swapped_arms_are_what_the_electrodes_would_measure() -> None:
+    right, left, foot, *chest = np.random.default_rng(0).normal(size=(9, 50))
+
+    def leads(right: np.ndarray, left: np.ndarray) -> np.ndarray:
+        centre = (right + left + foot) / 3
+        limbs = [left - right, foot - right, foot - left]
+        augmented = [1.5 * (electrode - centre) for electrode in (right, left, foot)]
+        return np.stack([*limbs, *augmented, *(electrode - centre for electrode in chest)])
+
+    np.testing.assert_allclose(swap_arms(leads(right, left)), leads(left, right), atol=1e-12)
+
+
+def test_the_power_of_pink_noise_falls_as_one_over_the_frequency() -> None:
+    noise = pink_noise((200, 2000), np.random.default_rng(0))
+    power = (np.abs(np.fft.rfft(noise, axis=1)) ** 2).mean(axis=0)
+    frequency = np.arange(1, 900)
+    slope = np.polyfit(np.log(frequency), np.log(power[1:900]), 1)[0]
+    assert slope == pytest.approx(-1.0, abs=0.05)
+    assert noise.std() == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", list(SPOILED))
+def test_what_is_spoiled_is_still_a_recording_of_twelve_leads(name: str) -> None:
+    signal = hearts(1)[0]
+    before = signal.copy()
+    spoiled = SPOILED[name](signal, np.random.default_rng(0))
+    assert spoiled.shape == signal.shape
+    assert np.isfinite(spoiled).all()
+    np.testing.assert_array_equal(signal, before)
+    np.testing.assert_allclose(spoiled[2], spoiled[1] - spoiled[0], atol=1e-3)  # Einthoven's law still holds
+
+
+def test_the_most_suspicious_are_a_twentieth() -> None:
+    score = np.random.default_rng(0).random(1000)
+    refused = most_suspicious(score)
+    assert refused.sum() == 50
+    assert score[refused].min() > score[~refused].max()
+
+
+def test_the_report_counts_what_is_amiss() -> None:
+    sound = {"flat_leads": [], "missing": 0.0, "clipped": 0.0, "period_from": "r_peaks"}
+    assert amiss(sound) == 0.0
+    for worse in ({"flat_leads": ["I"]}, {"missing": 0.2}, {"clipped": 0.1}, {"period_from": "none"}):
+        assert amiss(sound | worse) > 0.0
