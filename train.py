@@ -9,6 +9,7 @@ One JSON file may replace the arguments: `train.py pretrain benchmarks/configs/p
 are saved beside the weights.
 """
 
+import dataclasses
 import json
 import logging
 import sys
@@ -33,7 +34,7 @@ from evaluation import EvaluateArguments, evaluate, evaluate_quickly
 from modeling_ecgmoe.configuration_ecgmoe import EcgMoeConfig
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeEncoderOutput, EcgMoeForTasks
-from modeling_ecgmoe.tasks import TASKS
+from modeling_ecgmoe.tasks import TASKS, Task
 from records import DataArguments, Records, as_is, crop, disturb, load_split
 from report_words import TASK_NAME as REPORT_WORDS
 from report_words import add_report_words
@@ -61,6 +62,9 @@ class TrainingArguments:
     resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in output_dir"})
     model: str | None = field(default=None, metadata={"help": "start from this model instead of new weights"})
     model_config: str | None = field(default=None, metadata={"help": "JSON with configuration fields to change"})
+    loss_weights: str = field(
+        default="{}", metadata={"help": 'weights of tasks other than in the task table, in JSON, such as {"sex": 3}'}
+    )
     report_weight: float = field(default=0.0, metadata={"help": "weight of the reports' words as a target, 0: none"})
     report_min_count: int = field(default=40, metadata={"help": "words in fewer reports are no targets"})
 
@@ -91,6 +95,7 @@ def fit_on_splits(
     accelerator: Accelerator,
 ) -> dict[str, float]:
     """Train a model on the training split, with the words of its reports where asked for."""
+    model.tasks |= reweighted(model.tasks, json.loads(arguments.loss_weights))
     tasks = list(model.tasks.values())
     with accelerator.main_process_first():
         rows = load_split(data, "train")
@@ -103,6 +108,18 @@ def fit_on_splits(
     if arguments.model is None:
         start_at_base_rates(model, train.labels)
     return fit(model, extractor, train, validation, data, arguments, accelerator)
+
+
+def reweighted(tasks: dict[str, Task], weights: dict[str, float]) -> dict[str, Task]:
+    """The tasks with other loss weights than they came with.
+
+    Raises:
+        ValueError: a weight is for a task that there is not.
+    """
+    unknown = sorted(set(weights) - set(tasks))
+    if unknown:
+        raise ValueError(f"loss_weights names {', '.join(unknown)}; this model has {', '.join(tasks)}")
+    return {name: dataclasses.replace(tasks[name], loss_weight=float(weight)) for name, weight in weights.items()}
 
 
 def fit(

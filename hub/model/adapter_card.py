@@ -15,6 +15,10 @@ from .tasks import TASKS, Task
 CARD_FILE = "task.json"
 # What adapters call their base until they are published; the fingerprint in their card is what is checked.
 BASE_MODEL = "ecg-moe/ecg-moe-base"
+# Fields of a card that came later: where they are empty they are left out, and the file is as it always was.
+LATER_FIELDS = ("group_bounds", "group_half_widths")
+# The intervals of a regression are by groups of its truth, so many where each has so many validation records.
+MAX_GROUPS, MIN_GROUP_RECORDS = 6, 100
 ABBREVIATIONS = ("auprc", "auroc", "ece", "mae", "rmse")
 
 
@@ -33,6 +37,9 @@ class AdapterCard:
             prediction (Lei et al. 2018); keys are numbers of leads.
         level: the coverage of the intervals.
         metrics: results on validation data, name to value.
+        group_bounds: rising bounds between groups of true values, in the task's unit.
+        group_half_widths: number of leads, as in `half_widths`, to the half-width of each group; see `intervals`.
+            Empty: one width for all.
     """
 
     task: Task
@@ -44,10 +51,13 @@ class AdapterCard:
     half_widths: dict[str, float] = field(default_factory=dict)
     level: float = 0.9
     metrics: dict[str, Any] = field(default_factory=dict)
+    group_bounds: list[float] = field(default_factory=list)
+    group_half_widths: dict[str, list[float]] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
         """Write `task.json`."""
         values = asdict(self) | {"task": self.task.to_dict()}
+        values = {name: value for name, value in values.items() if value or name not in LATER_FIELDS}
         (folder / CARD_FILE).write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
     @classmethod
@@ -139,8 +149,8 @@ class AdapterCard:
             digits = task.decimals + 2
             out = {"value": round(value, digits), "unit": task.unit}
             if self.half_widths:
-                half = self._half_width(num_leads)
-                out |= {"interval": [round(value - half, digits), round(value + half, digits)], "level": self.level}
+                ends = self.intervals(np.array([value]), num_leads)[0]
+                out |= {"interval": [round(float(end), digits) for end in ends], "level": self.level}
         else:
             probabilities = task.answers(logits / self.temperature)
             if task.kind == "binary":
@@ -151,9 +161,31 @@ class AdapterCard:
             }
         return out if self.evidence == "measured" else out | {"evidence": self.evidence}
 
-    def _half_width(self, num_leads: int) -> float:
+    def intervals(self, values: np.ndarray, num_leads: int) -> np.ndarray:
+        """The intervals (records, 2) around a regression's values (records,), in its unit.
+
+        Answers are drawn to the middle, so one half-width covers records with an extreme truth less often than
+        promised and the others more often. With `group_half_widths` each group of true values has a width of its own,
+        and the interval reaches as far as there are truths whose group allows for their distance: label-conditional
+        conformal prediction (Vovk 2012), which covers every group as often as promised.
+        """
+        key = self._most_leads(num_leads)
+        around = values[:, None] + self.half_widths[key] * np.array([-1.0, 1.0])
+        halves = self.group_half_widths.get(key)
+        if halves is None:
+            return around
+        bounds = np.array([-np.inf, *self.group_bounds, np.inf])
+        lows = np.maximum(values[:, None] - np.array(halves), bounds[:-1])
+        highs = np.minimum(values[:, None] + np.array(halves), bounds[1:])
+        # The group of the value itself always has such truths; between two groups there is no gap.
+        possible = lows <= highs
+        low, high = np.where(possible, lows, np.inf).min(axis=1), np.where(possible, highs, -np.inf).max(axis=1)
+        return np.stack([low, high], axis=1)
+
+    def _most_leads(self, num_leads: int) -> str:
+        """The key of `half_widths` for so many leads: the most that there are, or the widest for fewer than any."""
         fitting = [int(leads) for leads in self.half_widths if int(leads) <= num_leads]
-        return self.half_widths[str(max(fitting))] if fitting else max(self.half_widths.values())
+        return str(max(fitting)) if fitting else max(self.half_widths, key=lambda leads: self.half_widths[leads])
 
     def _labels(self, probabilities: np.ndarray) -> list[str]:
         labels = self.task.labels
@@ -187,9 +219,7 @@ def calibrate(card: AdapterCard, logits: np.ndarray, targets: np.ndarray, num_le
     if not known.any():
         raise ValueError(f"task {task.name}: no validation record has a label, so nothing can be calibrated")
     if task.kind == "regression":
-        card.half_widths[str(num_leads)] = conformal_half_width(
-            task.answers(logits)[known], targets[known], card.level
-        )
+        calibrate_intervals(card, task.answers(logits)[known], targets[known], num_leads)
         return
 
     def loss(log_temperature: float) -> float:
@@ -204,6 +234,33 @@ def calibrate(card: AdapterCard, logits: np.ndarray, targets: np.ndarray, num_le
         card.thresholds = [
             best_threshold(probabilities[known[:, i], i], targets[known[:, i], i]) for i in range(task.num_outputs)
         ]
+
+
+def calibrate_intervals(card: AdapterCard, values: np.ndarray, truth: np.ndarray, num_leads: int) -> None:
+    """Fit a regression's intervals for so many leads on validation values and truth (records,); changes `card`."""
+    card.half_widths[str(num_leads)] = conformal_half_width(values, truth, card.level)
+    # What starts from a measurement is not drawn to the middle, and groups only make its intervals wider.
+    if not card.task.prior:
+        fit_groups(card, values, truth, num_leads)
+
+
+def fit_groups(card: AdapterCard, values: np.ndarray, truth: np.ndarray, num_leads: int) -> None:
+    """Give each group of true values its half-width where there are records enough; changes `card`.
+
+    The groups are those of the first call, so that all numbers of leads share them.
+    """
+    count = min(MAX_GROUPS, len(truth) // MIN_GROUP_RECORDS)
+    if not card.group_half_widths:
+        bounds = np.quantile(truth, np.arange(1, count) / max(1, count))
+        card.group_bounds = [float(bound) for bound in np.unique(bounds)]
+    group = np.searchsorted(card.group_bounds, truth, side="right")
+    sizes = np.bincount(group, minlength=len(card.group_bounds) + 1)
+    if len(sizes) > 1 and sizes.min() >= MIN_GROUP_RECORDS // 2:
+        card.group_half_widths[str(num_leads)] = [
+            conformal_half_width(values[group == i], truth[group == i], card.level) for i in range(len(sizes))
+        ]
+    elif not card.group_half_widths:
+        card.group_bounds = []
 
 
 def conformal_half_width(values: np.ndarray, truth: np.ndarray, level: float) -> float:

@@ -24,8 +24,9 @@ from .configuration_ecgmoe import EcgMoeConfig
 from .encoder import EcgMoeEncoderOutput, add_prior
 from .feature_extraction_ecgmoe import EcgMoeFeatureExtractor, Prepared
 from .folding import WEIGHTS_FILE, Backbone, folded
-from .fusion import Fusion
+from .fusion import Fusion, mean_and_max
 from .stacking import CONFIG_FILE, AdapterWeights, StackedFusion
+from .typicality import Typicality
 
 if TYPE_CHECKING:
     from .modeling_ecgmoe import EcgMoeForTasks
@@ -65,6 +66,8 @@ HASHED_FIELDS = (
     "record_size",
     "initializer_range",
 )
+# Where `MultiTask.logits` puts what `typicality` looks at; no task can be called so.
+FEATURES = "features of the backbone"
 SIGNAL_KEYS = ("input_values", "lead_mask", "sample_mask", "r_peaks", "rr_intervals_s", "period_s")
 
 
@@ -128,6 +131,7 @@ class MultiTask:
         self.name = name or getattr(model, "name_or_path", "") or "a model in memory"
         self.base = fingerprint(model)
         self.cards: dict[str, AdapterCard] = {}
+        self.typicality: Typicality | None = None
         self._model = None if isinstance(model, Backbone) else model
         self._weights: dict[str, AdapterWeights] = {}
         self._stacked: StackedFusion | None = None
@@ -165,11 +169,13 @@ class MultiTask:
 
         Raises:
             FileNotFoundError: there is no model or no adapter; the message lists those there are.
-            ValueError: an adapter was made for another base, or adapts more than the fusion.
+            ValueError: an adapter was made for another base, or adapts more than the fusion; or the folder's
+                `typicality.safetensors` is damaged or of another model.
         """
         folder = _folder_of(model, revision)
         name = str(model) if revision is None else f"{model}@{revision}"
         many = cls(_load(folder), EcgMoeFeatureExtractor.from_pretrained(folder), name)
+        many.typicality = Typicality.load(folder, many.base)
         for source in _adapter_sources(str(model), folder, tasks):
             try:
                 many.load(source)
@@ -227,13 +233,19 @@ class MultiTask:
         return self.extractor.prepare(signal, sampling_rate, lead_names)
 
     def answer(self, prepared: Sequence[Prepared], batch_size: int = 32) -> list[dict[str, dict[str, Any]]]:
-        """Answer all tasks for each recording; the windows of one are averaged."""
+        """Answer all tasks for each recording; the windows of one are averaged.
+
+        Where the model knows what is typical, the `quality` of each recording then says how typical it is.
+        """
         windows = [window for record in prepared for window in record.windows]
         parts = [self.logits(windows[i : i + batch_size]) for i in range(0, len(windows), batch_size)]
         logits = {name: np.concatenate([part[name] for part in parts]) for name in self.cards} if parts else {}
+        features = np.concatenate([part[FEATURES] for part in parts]) if parts and FEATURES in parts[0] else None
         answers, start = [], 0
         for record in prepared:
             end = start + len(record.windows)
+            if self.typicality is not None and features is not None:
+                record.quality |= self.typicality.report(features[start:end])
             num_leads = int(min(window["lead_mask"].sum() for window in record.windows))
             answers.append(
                 {
@@ -246,10 +258,14 @@ class MultiTask:
 
     @torch.inference_mode()
     def logits(self, windows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-        """task to logits (windows, outputs), from one backbone pass."""
+        """task to logits (windows, outputs), from one backbone pass; where `typicality` is known, also `FEATURES`
+        to what it looks at, (windows, 2 hidden_size)."""
         features = self.extractor.pad(windows, return_tensors="pt")
         encoded = self.encoder(**{name: features[name].to(self.device) for name in SIGNAL_KEYS})
-        return {name: value.float().cpu().numpy() for name, value in self.task_logits(encoded).items()}
+        outputs = self.task_logits(encoded)
+        if self.typicality is not None:
+            outputs = outputs | {FEATURES: mean_and_max(*encoded.memories()["tokens"])}
+        return {name: value.float().cpu().numpy() for name, value in outputs.items()}
 
     def stacked(self) -> StackedFusion:
         """The fusion of all adapters that are loaded now."""

@@ -27,9 +27,9 @@ class EcgMoeConfig(PreTrainedConfig):
     families (`list[str]`): temporal feature families, a subset of conv, ssm, patch, trend, period.
     paths (`list[str]`): mixture-of-experts paths, a subset of morphology, rhythm.
     hidden_size (`int`): width D of tokens and beats.
-    conv_channels (`list[int]`): widths of the residual network at strides 2, 4, 8 and 16.
-    conv_kernels (`list[int]`): kernel lengths of the residual network at strides 2, 4, 8 and 16.
-    conv_blocks (`list[int]`): residual blocks at strides 4, 8 and 16.
+    conv_channels (`list[int]`): widths of the stem at strides 2, 4, 8 and 16; the last is the conv family's too.
+    conv_kernels (`list[int]`): kernel lengths there.
+    conv_blocks (`list[int]`): residual blocks of the stem at strides 4 and 8, and of the conv family at 16.
     ssm_channels, ssm_states, ssm_layers (`int`): width, states a channel and depth of the state-space family.
     patch_channels, patch_layers (`int`): width and depth of the patch transformer.
     trend_window_s (`float`): the moving average that splits trend and residual, in seconds.
@@ -53,7 +53,8 @@ class EcgMoeConfig(PreTrainedConfig):
     fusion_size (`int`): inner width of the record level's feed-forward layer.
     record_size (`int`): width of the record's embedding, `pooler_output`.
 
-    Regularisation: dropout, head_dropout (`float`), drop_path (`float`).
+    Regularisation: dropout, head_dropout, drop_path (`float`); memory_dropout (`float`), the share of records for
+    which the fusion goes without what it pooled from tokens, beats or rhythm, each by itself.
 
     tasks (`dict`): the heads of the checkpoint, name to `Task.to_dict()`.
     """
@@ -63,13 +64,13 @@ class EcgMoeConfig(PreTrainedConfig):
 
     leads: list[str] | tuple[str, ...] = LEADS
     sampling_rate: int = 100
-    token_stride: int = 8
-    families: list[str] | tuple[str, ...] = FAMILIES
+    token_stride: int = 16
+    families: list[str] | tuple[str, ...] = ("conv", "ssm", "trend", "period")
     paths: list[str] | tuple[str, ...] = PATHS
-    hidden_size: int = 160
-    conv_channels: list[int] | tuple[int, ...] = (48, 64, 128, 256)
-    conv_kernels: list[int] | tuple[int, ...] = (9, 7, 5, 3)
-    conv_blocks: list[int] | tuple[int, ...] = (1, 1, 3)
+    hidden_size: int = 128
+    conv_channels: list[int] | tuple[int, ...] = (32, 64, 128, 192)
+    conv_kernels: list[int] | tuple[int, ...] = (9, 5, 3, 3)
+    conv_blocks: list[int] | tuple[int, ...] = (1, 1, 2)
     ssm_channels: int = 96
     ssm_states: int = 16
     ssm_layers: int = 2
@@ -78,22 +79,23 @@ class EcgMoeConfig(PreTrainedConfig):
     trend_window_s: float = 0.8
     phase_bins: int = 48
     beat_window_s: list[float] | tuple[float, ...] = (-0.27, 0.45)
-    beat_size: int = 256
+    beat_size: int = 128
     path_layers: int = 1
-    rhythm_pool: int = 5
+    rhythm_pool: int = 3
     num_attention_heads: int = 4
     num_experts: int = 4
     num_experts_per_tok: int = 2
-    expert_size: int = 128
+    expert_size: int = 64
     router_aux_loss_coef: float = 0.01
     router_z_loss_coef: float = 0.001
     period_aware: bool = True
-    num_queries: int = 4
-    fusion_size: int = 320
-    record_size: int = 320
+    num_queries: int = 3
+    fusion_size: int = 256
+    record_size: int = 256
     dropout: float = 0.1
-    head_dropout: float = 0.2
-    drop_path: float = 0.05
+    head_dropout: float = 0.3
+    drop_path: float = 0.1
+    memory_dropout: float = 0.1
     initializer_range: float = 0.02
     tasks: dict[str, Any] | None = None
 
@@ -106,8 +108,8 @@ class EcgMoeConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         _check_names("families", self.families, FAMILIES)
         _check_names("paths", self.paths, PATHS)
-        if self.token_stride != 8:
-            raise ValueError(f"token_stride must be 8, the stride of the residual network, found {self.token_stride}")
+        if self.token_stride != 16:
+            raise ValueError(f"token_stride must be 16, the stride of the residual network, found {self.token_stride}")
         for name in ("hidden_size", "patch_channels"):
             if getattr(self, name) % (2 * self.num_attention_heads):
                 raise ValueError(
@@ -137,7 +139,15 @@ class EcgMoeConfig(PreTrainedConfig):
     @staticmethod
     def editable_fields() -> tuple[str, ...]:
         """The fields that may differ from the pretrained ones when a model is adapted; the others describe weights."""
-        return ("tasks", "dropout", "head_dropout", "drop_path", "router_aux_loss_coef", "router_z_loss_coef")
+        return (
+            "tasks",
+            "dropout",
+            "head_dropout",
+            "drop_path",
+            "memory_dropout",
+            "router_aux_loss_coef",
+            "router_z_loss_coef",
+        )
 
 
 def _check_names(field: str, found: list[str] | tuple[str, ...], known: tuple[str, ...]) -> None:

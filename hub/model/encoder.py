@@ -94,13 +94,10 @@ class EcgMoeEncoder(nn.Module):
         # With the width of the model's numbers, so that half-precision models run too.
         dtype = self.temporal.norm.weight.dtype
         input_values, period = input_values.to(dtype), period_s.float() * rate
-        sample_clock = CardiacClock(
-            r_peaks, period, torch.arange(input_values.shape[2], device=r_peaks.device).float()
-        )
-        token_times = torch.arange(token_mask.shape[1], device=r_peaks.device) * float(stride) + 0.5 * stride
-        token_clock = CardiacClock(r_peaks, period, token_times).features(rate, period).to(dtype)
+        clock = CardiacClock(r_peaks, period, torch.arange(input_values.shape[2], device=r_peaks.device).float())
+        at_tokens = clock.features(rate, slice(stride // 2, None, stride)).to(dtype)
 
-        tokens, family_weights = self.temporal(input_values, token_mask, sample_mask, sample_clock, token_clock)
+        tokens, family_weights = self.temporal(input_values, token_mask, sample_mask, clock, at_tokens)
         routings: dict[str, tuple[list[Routing], Tensor]] = {}
         output = EcgMoeEncoderOutput(
             last_hidden_state=tokens, token_mask=token_mask, family_weights=family_weights, period_s=period_s

@@ -20,7 +20,7 @@ from .configuration_ecgmoe import EcgMoeConfig
 from .encoder import EcgMoeEncoder
 from .fusion import Fusion
 from .routing import MixtureLayer, Routing
-from .temporal import ConvFamily, ResidualTrunk, SsmFamily, StateSpace, stage_masks
+from .temporal import ConvFamily, ResidualBlocks, SsmFamily, StateSpace, Stem
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -66,10 +66,12 @@ class Backbone(nn.Module):
 def folded(encoder: EcgMoeEncoder) -> EcgMoeEncoder:
     """A copy for inference alone, equal to 1e-5; later changes to the weights of `encoder` do not reach it."""
     copied = copy.deepcopy(encoder).eval().requires_grad_(False)
-    families = copied.temporal.families
-    for name, family in list(families.items()):
+    temporal: Any = copied.temporal
+    if temporal.stem is not None:
+        temporal.stem = FoldedStem(temporal.stem)
+    for family in temporal.families.values():
         if isinstance(family, ConvFamily):
-            families[name] = FoldedConvFamily(family)
+            family.blocks = FoldedBlocks(family.blocks)  # type: ignore[assignment]
         elif isinstance(family, SsmFamily):
             layers: Any = family.layers
             family.layers = nn.ModuleList(FoldedStateSpace(layer) for layer in layers)
@@ -77,24 +79,6 @@ def folded(encoder: EcgMoeEncoder) -> EcgMoeEncoder:
     for path in paths.values():
         path.layers = nn.ModuleList(FoldedMixtureLayer(layer) for layer in path.layers)
     return copied.requires_grad_(False)
-
-
-class FoldedConvFamily(nn.Module):
-    """`ConvFamily` that projects the coarse stage before it repeats it, not after."""
-
-    def __init__(self, family: ConvFamily) -> None:
-        super().__init__()
-        self.trunk = FoldedTrunk(family.trunk)
-        fine = self.trunk.enters[-2].out_channels
-        weight, bias = family.project.weight, family.project.bias
-        self.fine = _linear(weight[:, :fine], bias)
-        self.coarse = _linear(weight[:, fine:], torch.zeros_like(bias))
-
-    def forward(self, x: Tensor, token_mask: Tensor) -> Tensor:
-        """See `ConvFamily.forward`."""
-        fine, coarse = self.trunk(x, stage_masks(token_mask, x.dtype))
-        coarse = self.coarse(coarse.transpose(1, 2)).repeat_interleave(2, dim=1)[:, : token_mask.shape[1]]
-        return self.fine(fine.transpose(1, 2)).add_(coarse)
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
@@ -105,39 +89,56 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     return layer
 
 
-class FoldedTrunk(nn.Module):
-    """`ResidualTrunk` without batch normalisation, on (b, channels, 1, t) with channels last in memory.
+class FoldedStem(nn.Module):
+    """`Stem` without batch normalisation, on (b, channels, 1, t) with channels last in memory.
 
     oneDNN convolves that layout without copying it, and takes it in two dimensions only.
     """
 
-    def __init__(self, trunk: ResidualTrunk) -> None:
+    def __init__(self, stem: Stem) -> None:
         super().__init__()
-        stages: Any = trunk.stages
-        self.enters: Any = nn.ModuleList(_folded_conv(stage[0]) for stage in stages)
-        self.blocks: Any = nn.ModuleList(
-            nn.ModuleList(
-                nn.ModuleList([_folded_conv(block.first), _folded_conv(block.second)]) for block in list(stage)[1:]
-            )
-            for stage in stages
-        )
+        blocks: Any = stem.blocks
+        self.enters: Any = nn.ModuleList(_folded_conv(enter) for enter in stem.enters)
+        self.blocks: Any = nn.ModuleList(map(FoldedBlocks, blocks))
 
-    def forward(self, x: Tensor, masks: Sequence[Tensor | float]) -> tuple[Tensor, Tensor]:
-        """See `ResidualTrunk.forward`."""
-        states = []
-        x = x.unsqueeze(2).contiguous(memory_format=torch.channels_last)
+    def forward(self, x: Tensor, masks: Sequence[Tensor]) -> Tensor:
+        """See `Stem.forward`."""
+        x = _channels_last(x)
         for enter, blocks, mask in zip(self.enters, self.blocks, masks, strict=True):
-            mask = mask.unsqueeze(2) if isinstance(mask, Tensor) else mask
-            x = _masked(functional.relu_(enter(x)), mask)
-            for first, second in blocks:
-                inner = _masked(functional.relu_(first(x)), mask)
-                x = _masked(functional.relu_(second(inner).add_(x)), mask)
-            states.append(x.squeeze(2))
-        return states[-2], states[-1]
+            mask = mask.unsqueeze(2)
+            x = blocks.wide(functional.relu_(_convolved(enter, x)).mul_(mask), mask)
+        return x.squeeze(2)
 
 
-def _masked(x: Tensor, mask: Tensor | float) -> Tensor:
-    return x.mul_(mask) if isinstance(mask, Tensor) else x
+class FoldedBlocks(nn.ModuleList):
+    """`ResidualBlocks` in the same form."""
+
+    def __init__(self, blocks: ResidualBlocks) -> None:
+        super().__init__(nn.ModuleList([_folded_conv(b.first), _folded_conv(b.second)]) for b in blocks)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """See `ResidualBlocks.forward`."""
+        return self.wide(_channels_last(x), mask.unsqueeze(2)).squeeze(2)
+
+    def wide(self, x: Tensor, mask: Tensor) -> Tensor:
+        """x (b, channels, 1, t), mask (b, 1, 1, t)."""
+        pairs: Any = self
+        for first, second in pairs:
+            inner = functional.relu_(_convolved(first, x)).mul_(mask)
+            x = functional.relu_(_convolved(second, inner).add_(x)).mul_(mask)
+        return x
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.unsqueeze(2).contiguous(memory_format=torch.channels_last)
+
+
+def _convolved(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """The convolution by oneDNN, which torch passes over for one small recording though it is faster there too."""
+    if x.device.type != "cpu" or not torch.backends.mkldnn.is_available() or torch.compiler.is_exporting():
+        return layer(x)
+    padding: Any = layer.padding
+    return torch.mkldnn_convolution(x, layer.weight, layer.bias, padding, layer.stride, layer.dilation, layer.groups)
 
 
 def _folded_conv(layer: Any) -> nn.Conv2d:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .configuration_ecgmoe import EcgMoeConfig
-from .temporal import Attention, SelfAttention
+from .temporal import Attention, DropPath, SelfAttention
 
 # The linear layers that a task's LoRA adapts, by the last part of their names.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "up_proj", "down_proj", "pooled_proj")
@@ -48,6 +48,7 @@ class Fusion(nn.Module):
         self.out_proj = nn.Linear((num_states + 2) * size, config.record_size)
         self.norm = nn.LayerNorm(config.record_size)
         self.dropout = nn.Dropout(config.dropout)
+        self.drop_memory = DropPath(config.memory_dropout)
 
     def forward(self, memories: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
         """Args: memories, name of a path to its states (b, n, d) and their mask (b, n). Returns the record's embedding
@@ -55,13 +56,13 @@ class Fusion(nn.Module):
         states, weights = [], {}
         for name, pooling in self.pooling.items():
             pooled, weights[name] = pooling(*memories[name])
-            states.append(pooled)
+            states.append(self.drop_memory(pooled))
         tokens, mask = memories["tokens"]
         extent = mean_and_max(tokens, mask)
         states.append(self.pooled_proj(extent)[:, None])
         hidden = torch.cat(states, dim=1)
         hidden = hidden + self.dropout(self.attention(self.norm1(hidden), None))
-        hidden = hidden + self.dropout(self.down_proj(functional.gelu(self.up_proj(self.norm2(hidden)))))
+        hidden = hidden + self.dropout(self.down_proj(functional.silu(self.up_proj(self.norm2(hidden)))))
         return self.norm(self.out_proj(torch.cat([hidden.flatten(1), extent], dim=1))), weights
 
 

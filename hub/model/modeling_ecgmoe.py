@@ -237,6 +237,11 @@ class EcgMoeForTasks(EcgMoePreTrainedModel):
         self.heads[f"head_{task.name}"] = head.to(self.device, self.dtype)
         self._init_weights(head)
 
+    def remove_task(self, name: str) -> None:
+        """Take away a head."""
+        self.config.tasks = {key: task for key, task in (self.config.tasks or {}).items() if key != name}
+        del self.tasks[name], self.heads[f"head_{name}"]
+
     def forward(
         self,
         input_values: Tensor | None = None,

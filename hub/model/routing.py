@@ -142,10 +142,10 @@ class MorphologyPath(nn.Module):
         self.stride = config.token_stride
         self.window = nn.Sequential(
             nn.Linear(len(config.leads) * self.length, config.beat_size),
-            nn.GELU(),
+            nn.SiLU(),
             nn.Linear(config.beat_size, config.hidden_size),
         )
-        self.token_offsets = (-2, 0, 2, 4)
+        self.token_offsets = (-1, 0, 1, 2)
         self.token_project = nn.Linear(len(self.token_offsets) * config.hidden_size, config.hidden_size)
         self.clock = nn.Linear(CLOCK_FEATURES, config.hidden_size) if config.period_aware else None
         self.mean_beat = nn.Parameter(torch.empty(config.hidden_size))
@@ -204,7 +204,7 @@ class RhythmPath(nn.Module):
         self.pool, self.stride, self.sampling_rate = config.rhythm_pool, config.token_stride, config.sampling_rate
         self.size = config.hidden_size
         self.intervals = nn.Sequential(
-            nn.Linear(RR_FEATURES, config.hidden_size), nn.GELU(), nn.Linear(config.hidden_size, config.hidden_size)
+            nn.Linear(RR_FEATURES, config.hidden_size), nn.SiLU(), nn.Linear(config.hidden_size, config.hidden_size)
         )
         self.coarse = nn.Linear(2 * config.hidden_size, config.hidden_size)
         self.kind = nn.Parameter(torch.empty(2, config.hidden_size))

@@ -161,15 +161,16 @@ class StackedFusion(nn.Module):
         }
         pooled, pooled_bias = merged("pooled_proj")
         kept |= {"pooled": pooled.flatten(0, 1), "pooled_bias": pooled_bias.repeat(len(adapters))}
-        parts = [merged(f"attention.{name}") for name in ("q_proj", "k_proj", "v_proj")]
-        kept["qkv"] = torch.cat([weight for weight, _ in parts], dim=1).transpose(1, 2)
-        kept["qkv_bias"] = torch.cat([bias for _, bias in parts])
-        for name, layer_name in (("attended", "attention.out_proj"), ("up", "up_proj"), ("down", "down_proj")):
-            weight, bias = merged(layer_name)
-            kept[name], kept[f"{name}_bias"] = weight.transpose(1, 2), bias
-        # The widest layer by far: merged, its weights would be read from memory once for each adapter.
-        kept["out"], kept["out_bias"] = fusion.out_proj.weight, fusion.out_proj.bias
-        kept["out_a"], kept["out_b"] = _padded([one.lora.get("out_proj") for one in adapters], fusion.out_proj)
+        # Merged, the weights of these layers would be read from memory once for each adapter.
+        layers = {
+            "qkv": ["attention.q_proj", "attention.k_proj", "attention.v_proj"],
+            "attended": ["attention.out_proj"],
+            "up": ["up_proj"],
+            "down": ["down_proj"],
+            "out": ["out_proj"],
+        }
+        for name, names in layers.items():
+            kept |= _side_by_side(name, names, fusion, adapters)
         for name in ("norm1", "norm2", "norm"):
             kept[f"{name}_weight"] = fusion.get_parameter(f"{name}.weight")
             kept[f"{name}_bias"] = fusion.get_parameter(f"{name}.bias")
@@ -199,19 +200,23 @@ class StackedFusion(nn.Module):
 
         normed = functional.layer_norm(hidden, (size,), self.norm1_weight, self.norm1_bias)
         query, key, value = (
-            torch.baddbmm(self.qkv_bias, normed, self.qkv)
+            self._adapted("qkv", normed)
             .view(num_adapters * batch, num_states, 3, self.heads, -1)
             .permute(2, 0, 3, 1, 4)
         )
         mixed = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape_as(hidden)
-        hidden = hidden + torch.baddbmm(self.attended_bias, mixed, self.attended)
+        hidden = hidden + self._adapted("attended", mixed)
         normed = functional.layer_norm(hidden, (size,), self.norm2_weight, self.norm2_bias)
-        inner = functional.gelu(torch.baddbmm(self.up_bias, normed, self.up))
-        hidden = hidden + torch.baddbmm(self.down_bias, inner, self.down)
+        inner = functional.silu(self._adapted("up", normed))
+        hidden = hidden + self._adapted("down", inner)
         written = torch.cat([hidden.view(num_adapters, batch, -1), extent.expand(num_adapters, -1, -1)], dim=2)
-        out = functional.linear(written, self.out, self.out_bias)
-        out = torch.baddbmm(out, torch.bmm(written, self.out_a), self.out_b)
+        out = self._adapted("out", written)
         return functional.layer_norm(out, out.shape[-1:], self.norm_weight, self.norm_bias)
+
+    def _adapted(self, name: str, x: Tensor) -> Tensor:
+        """x (a, rows, inputs) through a layer and what each adapter adds to it."""
+        shared = functional.linear(x, getattr(self, name), getattr(self, f"{name}_bias"))
+        return torch.baddbmm(shared, torch.bmm(x, getattr(self, f"{name}_a")), getattr(self, f"{name}_b"))
 
     def _pooled(self, path: str, memory: Tensor, mask: Tensor) -> Tensor:
         """What each adapter's queries gather from a path, before values are projected: (b, a * h * q, d)."""
@@ -223,13 +228,33 @@ class StackedFusion(nn.Module):
         return torch.bmm(torch.softmax(scores, dim=-1), normed)
 
 
-def _padded(pairs: Sequence[tuple[Tensor, Tensor] | None], layer: nn.Linear) -> tuple[Tensor, Tensor]:
-    """LoRA matrices of several adapters side by side, (a, inputs, r) and (a, r, outputs), 0 up to the highest rank."""
-    rank = max((pair[0].shape[0] for pair in pairs if pair is not None), default=1)
-    down = layer.weight.new_zeros(len(pairs), layer.in_features, rank)
-    up = layer.weight.new_zeros(len(pairs), rank, layer.out_features)
-    for index, pair in enumerate(pairs):
-        if pair is not None:
-            a, b = pair
-            down[index, :, : a.shape[0]], up[index, : a.shape[0]] = a.t(), b.t()
-    return down, up
+def _side_by_side(
+    name: str, layers: Sequence[str], fusion: Fusion, adapters: Sequence[AdapterWeights]
+) -> dict[str, Tensor]:
+    """Linear layers of one input as one: weight (outputs, inputs) and bias, and beside them the adapters' matrices
+    A (a, inputs, r) and B (a, r, outputs), each layer's r up to the highest rank."""
+    weights: list[Tensor] = []
+    biases: list[Tensor] = []
+    downs, ups = [], []
+    for layer_name in layers:
+        layer = fusion.get_submodule(layer_name)
+        assert isinstance(layer, nn.Linear)
+        weights.append(layer.weight)
+        biases.append(layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias)
+        pairs = [one.lora.get(layer_name) for one in adapters]
+        rank = max((pair[0].shape[0] for pair in pairs if pair is not None), default=1)
+        down = layer.weight.new_zeros(len(pairs), layer.in_features, rank)
+        up = layer.weight.new_zeros(len(pairs), rank, layer.out_features)
+        for index, pair in enumerate(pairs):
+            if pair is not None:
+                a, b = pair
+                down[index, :, : a.shape[0]], up[index, : a.shape[0]] = a.t(), b.t()
+        downs.append(down)
+        ups.append(up)
+    blocks = torch.stack([torch.block_diag(*(up[index] for up in ups)) for index in range(len(adapters))])
+    return {
+        name: torch.cat(weights),
+        f"{name}_bias": torch.cat(biases),
+        f"{name}_a": torch.cat(downs, dim=2),
+        f"{name}_b": blocks,
+    }

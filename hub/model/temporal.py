@@ -6,9 +6,11 @@ Axes: b record, l lead, t sample, s token, n beat, p phase bin, d channel.
 |---|---|---|
 | conv | local waves, by a residual network | He et al. 2016 |
 | ssm | long memory, by bidirectional diagonal state spaces | S4D, Gu et al. 2022 |
-| patch | relations between any two moments, by a transformer on patches | PatchTST, Nie et al. 2023 |
+| patch | relations between any two moments, by a transformer | PatchTST, Nie et al. 2023 |
 | trend | slow drift against fast residual | DLinear, Zeng et al. 2023 |
 | period | the record's mean heart cycle, and what departs from it | TimesNet's folding, Wu et al. 2023, on beats |
+
+The first three share a residual stem, which reads the waves once for all of them; the others read the signal itself.
 """
 
 import math
@@ -27,7 +29,7 @@ class CardiacClock:
     Args:
         r_peaks: float (b, n) in samples, negative where there are no more beats.
         period: float (b,) in samples, the record's own mean RR interval, 0 where unknown.
-        times: float (moments,) in samples.
+        times: float (moments,) in samples, ascending.
 
     Attributes:
         phase: (b, moments) in [0, 1): 0 at an R peak. Before the first and after the last beat the mean period goes
@@ -38,32 +40,28 @@ class CardiacClock:
 
     def __init__(self, r_peaks: Tensor, period: Tensor, times: Tensor) -> None:
         far = 1e6
-        batch = r_peaks.shape[0]
         peaks = torch.where(r_peaks >= 0, r_peaks, far).contiguous()
-        at = torch.searchsorted(peaks, times.expand(batch, -1).contiguous(), right=True)
-        framed = nn.functional.pad(peaks, (1, 1), value=far)
-        last, following = framed.gather(1, at), framed.gather(1, at + 1)
-        has_last, has_next = at > 0, following < far / 2
-        period = period[:, None]
-        cycle = torch.where(has_last & has_next, following - last, period)
-        since = torch.where(
-            has_last, times - last, torch.where(has_next, cycle - (following - times), times + 0 * cycle)
-        )
-        safe = cycle.clamp(min=1.0)
-        self.known = period[:, 0] > 0
-        self.phase = torch.where(self.known[:, None], torch.remainder(since / safe, 1.0), 0.0)
-        self.rr = torch.where(self.known[:, None], cycle, 0.0)
-        self.since = torch.where(self.known[:, None], torch.remainder(since, safe), 0.0)
+        following = functional.pad(peaks[:, 1:], (0, 1), value=far)
+        first, mean = peaks[:, :1], period[:, None]
+        # For each count of beats so far: where the cycle began (any whole number of cycles away), and how long it is.
+        anchors = torch.cat([torch.where(first < far, first, 0.0), peaks], dim=1)
+        cycles = torch.cat([mean, torch.where(following < far, following - peaks, mean)], dim=1)
+        at = torch.searchsorted(peaks, times.expand(len(peaks), -1).contiguous(), right=True)
+        known = mean > 0
+        self.known, self.period = known[:, 0], period
+        self.rr = cycles.gather(1, at) * known
+        safe = self.rr.clamp(min=1.0)
+        self.since = torch.remainder(times - anchors.gather(1, at), safe) * known
+        self.phase = self.since / safe
 
-    def features(self, sampling_rate: int, period: Tensor) -> Tensor:
+    def features(self, sampling_rate: int, moments: slice = slice(None)) -> Tensor:
         """What a token is told of its heart cycle: (b, moments, `CLOCK_FEATURES`)."""
-        angle = 2 * math.pi * self.phase
-        mean = period[:, None].clamp(min=1.0)
-        seconds = self.rr / sampling_rate
-        known = self.known[:, None].expand_as(self.phase).to(self.phase.dtype)
-        waves = [wave(k * angle) for k in (1, 2, 3) for wave in (torch.sin, torch.cos)]
-        pace = [seconds, self.since / sampling_rate, (self.rr / mean - 1.0).clamp(-1.0, 2.0), known]
-        return torch.stack([*waves, *pace], dim=-1) * known[..., None]
+        rr, since, phase = self.rr[:, moments], self.since[:, moments], self.phase[:, moments]
+        known = self.known[:, None].to(phase.dtype)
+        angles = 2 * math.pi * phase[..., None] * torch.tensor([1.0, 2.0, 3.0], device=phase.device)
+        change = (rr / self.period[:, None].clamp(min=1.0) - 1.0).clamp(-1.0, 2.0)
+        pace = torch.stack([rr / sampling_rate, since / sampling_rate, change, known.expand_as(rr)], dim=-1)
+        return torch.cat([torch.sin(angles), torch.cos(angles), pace], dim=-1) * known[..., None]
 
 
 CLOCK_FEATURES = 10
@@ -107,63 +105,60 @@ class ResidualBlock(nn.Module):
         return torch.relu(x + self.drop_path(self.second(self.first(x) * mask)))
 
 
-class ResidualStage(nn.ModuleList):
-    """A convolution that halves the rate, and residual blocks after it."""
+class ResidualBlocks(nn.ModuleList):
+    """Residual blocks of one width and rate."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, blocks: int, drop_path: float) -> None:
-        super().__init__([ConvNorm(inputs, outputs, kernel, stride=2)])
-        self.extend(ResidualBlock(outputs, kernel, drop_path) for _ in range(blocks))
+    def __init__(self, channels: int, kernel: int, blocks: int, drop_path: float) -> None:
+        super().__init__(ResidualBlock(channels, kernel, drop_path) for _ in range(blocks))
 
-    def forward(self, x: Tensor, mask: Tensor | float) -> Tensor:
-        enter, *residuals = self
-        x = enter(x) * mask
-        for block in residuals:
+    def forward(self, x: Tensor, mask: Tensor | float = 1.0) -> Tensor:
+        for block in self:
             x = block(x, mask) * mask
         return x
 
 
-class ResidualTrunk(nn.Module):
-    """A residual network of four stages, at strides 2, 4, 8 and 16."""
-
-    def __init__(
-        self, leads: int, channels: Sequence[int], kernels: Sequence[int], blocks: Sequence[int], drop_path: float
-    ) -> None:
-        super().__init__()
-        sizes = zip((leads, *channels[:-1]), channels, kernels, (0, *blocks), strict=True)
-        self.stages = nn.ModuleList(ResidualStage(*size, drop_path) for size in sizes)
-
-    def forward(self, x: Tensor, masks: Sequence[Tensor | float] = (1.0, 1.0, 1.0, 1.0)) -> tuple[Tensor, Tensor]:
-        """x (b, l, t); masks: for each stage (b, 1, steps), 0 on padding, since what normalisation writes there must
-        not reach the signal through the next convolution. Returns what is known at strides 8 and 16."""
-        states = []
-        for stage, mask in zip(self.stages, masks, strict=True):
-            x = stage(x, mask)
-            states.append(x)
-        return states[-2], states[-1]
-
-
-class ConvFamily(nn.Module):
-    """The residual network's last two stages side by side: (b, l, t) to (b, s, d)."""
+class Stem(nn.Module):
+    """Four convolutions that halve the rate each, with residual blocks after the second and the third: (b, l, t) to
+    (b, channels, t / 16)."""
 
     def __init__(self, config: EcgMoeConfig) -> None:
         super().__init__()
-        self.trunk = ResidualTrunk(
-            len(config.leads), config.conv_channels, config.conv_kernels, config.conv_blocks, config.drop_path
-        )
-        self.project = nn.Linear(sum(config.conv_channels[-2:]), config.hidden_size)
+        widths, kernels = config.conv_channels, config.conv_kernels
+        inputs = (len(config.leads), *widths[:3])
+        self.enters = nn.ModuleList(ConvNorm(*size, stride=2) for size in zip(inputs, widths, kernels, strict=True))
+        blocks = (0, *config.conv_blocks[:2], 0)
+        sizes = zip(widths, kernels, blocks, strict=True)
+        self.blocks = nn.ModuleList(ResidualBlocks(*size, config.drop_path) for size in sizes)
+
+    def forward(self, x: Tensor, masks: Sequence[Tensor | float] = (1.0, 1.0, 1.0, 1.0)) -> Tensor:
+        """masks: at each of the four rates (b, 1, steps), 0 on padding, since what normalisation writes there must not
+        reach the signal through the next convolution."""
+        for enter, blocks, mask in zip(self.enters, self.blocks, masks, strict=True):
+            x = blocks(enter(x) * mask, mask)
+        return x
+
+
+def stem_masks(token_mask: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Which steps are real at the stem's four rates, (b, 1, steps) for each."""
+    real = token_mask[:, None, :].to(dtype)
+    return [*(real.repeat_interleave(each, dim=2) for each in (8, 4, 2)), real]
+
+
+def last_blocks(config: EcgMoeConfig) -> ResidualBlocks:
+    """The residual blocks that follow the stem in a plain residual network."""
+    return ResidualBlocks(config.conv_channels[3], config.conv_kernels[3], config.conv_blocks[2], config.drop_path)
+
+
+class ConvFamily(nn.Module):
+    """More of the stem's residual network: (b, channels, s) to (b, s, d)."""
+
+    def __init__(self, config: EcgMoeConfig) -> None:
+        super().__init__()
+        self.blocks = last_blocks(config)
+        self.project = nn.Linear(config.conv_channels[3], config.hidden_size)
 
     def forward(self, x: Tensor, token_mask: Tensor) -> Tensor:
-        num_tokens = token_mask.shape[1]
-        fine, coarse = self.trunk(x, stage_masks(token_mask, x.dtype))
-        coarse = coarse.repeat_interleave(2, dim=2)[..., :num_tokens]
-        return self.project(torch.cat([fine, coarse], dim=1).transpose(1, 2))
-
-
-def stage_masks(token_mask: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Which steps of the residual network's stages are real, (b, 1, steps) for each."""
-    pairs = functional.pad(token_mask, (0, token_mask.shape[1] % 2), value=False).unflatten(1, (-1, 2)).any(dim=2)
-    masks = [token_mask.repeat_interleave(4, dim=1), token_mask.repeat_interleave(2, dim=1), token_mask, pairs]
-    return [mask[:, None, :].to(dtype) for mask in masks]
+        return self.project(self.blocks(x, token_mask[:, None, :].to(x.dtype)).transpose(1, 2))
 
 
 class StateSpace(nn.Module):
@@ -212,24 +207,23 @@ class StateSpace(nn.Module):
 
     def mixed(self, x: Tensor, y: Tensor) -> Tensor:
         """The residual that y (b, s, d), mixed over its channels and gated, makes with x."""
-        value, gate = self.mix(functional.gelu(y).to(x.dtype)).chunk(2, dim=-1)
+        value, gate = self.mix(functional.silu(y).to(x.dtype)).chunk(2, dim=-1)
         return x + value * torch.sigmoid(gate)
 
 
 class SsmFamily(nn.Module):
-    """State-space layers on patches of two token strides."""
+    """State-space layers on what the stem sees: (b, channels, s) to (b, s, d)."""
 
     def __init__(self, config: EcgMoeConfig) -> None:
         super().__init__()
-        stride = config.token_stride
-        self.embed = nn.Conv1d(len(config.leads), config.ssm_channels, 2 * stride, stride, padding=stride // 2)
+        self.embed = nn.Linear(config.conv_channels[3], config.ssm_channels)
         self.layers = nn.ModuleList(
             StateSpace(config.ssm_channels, config.ssm_states) for _ in range(config.ssm_layers)
         )
         self.project = nn.Linear(config.ssm_channels, config.hidden_size)
 
     def forward(self, x: Tensor, token_mask: Tensor) -> Tensor:
-        hidden = self.embed(x)[..., : token_mask.shape[1]].transpose(1, 2)
+        hidden = self.embed(x.transpose(1, 2))
         for layer in self.layers:
             hidden = layer(hidden, token_mask[:, None, :].float())
         return self.project(hidden)
@@ -293,23 +287,23 @@ class PatchLayer(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x), mask)
-        return x + self.down_proj(functional.gelu(self.up_proj(self.norm2(x))))
+        return x + self.down_proj(functional.silu(self.up_proj(self.norm2(x))))
 
 
 class PatchFamily(nn.Module):
-    """A transformer on patches of three token strides."""
+    """A transformer on what the stem sees: (b, channels, s) to (b, s, d)."""
 
     def __init__(self, config: EcgMoeConfig) -> None:
         super().__init__()
-        stride, size = config.token_stride, config.patch_channels
-        self.token_s = stride / config.sampling_rate
-        self.embed = nn.Conv1d(len(config.leads), size, 3 * stride, stride, padding=stride)
+        size = config.patch_channels
+        self.token_s = config.token_stride / config.sampling_rate
+        self.embed = nn.Linear(config.conv_channels[3], size)
         self.layers = nn.ModuleList(PatchLayer(size, config.num_attention_heads) for _ in range(config.patch_layers))
         self.project = nn.Linear(size, config.hidden_size)
 
     def forward(self, x: Tensor, token_mask: Tensor) -> Tensor:
         num_tokens = token_mask.shape[1]
-        hidden = self.embed(x)[..., :num_tokens].transpose(1, 2)
+        hidden = self.embed(x.transpose(1, 2))
         seconds = torch.arange(num_tokens, device=x.device) * self.token_s
         hidden = hidden + time_features(seconds, hidden.shape[-1]).to(hidden.dtype)
         for layer in self.layers:
@@ -367,6 +361,9 @@ class PeriodFamily(nn.Module):
         return self.cycle_project(around.gather(1, token_at)) * known + self.project(here)
 
 
+STEM_FAMILIES = {"conv", "ssm", "patch"}
+
+
 class TemporalFeatures(nn.Module):
     """All families, and a gate for each that opens and closes with the token.
 
@@ -384,6 +381,7 @@ class TemporalFeatures(nn.Module):
             "period": PeriodFamily,
         }
         self.families = nn.ModuleDict({name: known[name](config) for name in config.families})
+        self.stem = Stem(config) if STEM_FAMILIES & set(config.families) else None
         self.norms = nn.ModuleDict({name: nn.LayerNorm(config.hidden_size) for name in config.families})
         self.gate_weight = nn.Parameter(torch.empty(len(config.families), config.hidden_size))
         self.gate_bias = nn.Parameter(torch.empty(len(config.families)))
@@ -395,7 +393,12 @@ class TemporalFeatures(nn.Module):
         self, x: Tensor, token_mask: Tensor, sample_mask: Tensor, clock: CardiacClock, clock_features: Tensor
     ) -> tuple[Tensor, Tensor]:
         more = {"period": (clock, sample_mask)}
-        seen = [self.norms[name](family(x, token_mask, *more.get(name, ()))) for name, family in self.families.items()]
+        waves = x if self.stem is None else self.stem(x, stem_masks(token_mask, x.dtype))
+        read = {name: waves if name in STEM_FAMILIES else x for name in self.families}
+        seen = [
+            self.norms[name](family(read[name], token_mask, *more.get(name, ())))
+            for name, family in self.families.items()
+        ]
         scores = torch.stack([torch.matmul(of, weight) for of, weight in zip(seen, self.gate_weight, strict=True)], -1)
         gates = 2.0 * torch.sigmoid(scores + self.gate_bias)
         tokens = seen[0] * gates[..., :1]
