@@ -63,7 +63,7 @@ class RobustnessArguments:
     seed: int = field(default=0, metadata={"help": "of noise and resamples"})
 
 
-# ----------------------------------------------------------------------------------------------------------- conditions
+# ---------------------------------------------------------------------------------------------------------- conditions
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def noise_like(
     return noise * np.sqrt(power / noise.var(axis=1, keepdims=True))
 
 
-# -------------------------------------------------------------------------------------------------------------- answers
+# ------------------------------------------------------------------------------------------------------------- answers
 
 
 class ChangedRecords(Dataset):
@@ -222,7 +222,11 @@ class ChangedRecords(Dataset):
 def answers_under(
     records: ChangedRecords, many: MultiTask, cnn: PlainCnn | None, num_proc: int
 ) -> dict[str, dict[str, np.ndarray]]:
-    """model to task to answers (records, outputs) in the task's unit or as probabilities; NaN for refused records."""
+    """model to task to answers (records, outputs) in the task's unit or as probabilities; NaN for refused records.
+
+    Raises:
+        ValueError: not one recording can be used.
+    """
     answers: dict[str, dict[str, np.ndarray]] = {}
     for index, signal in records.batches(num_proc):
         logits = {ECG_MOE: many.task_logits(many.encoder(**signal))}
@@ -234,10 +238,14 @@ def answers_under(
                     empty = np.full((len(records), TASKS[name].num_outputs), np.nan)
                     values = answers.setdefault(model, {}).setdefault(name, empty)
                     values[index] = TASKS[name].answers(of_model[name].numpy())
+    if not answers:
+        raise ValueError(
+            f"{records.condition.name}: none of {len(records)} recordings can be used; have they its leads?"
+        )
     return answers
 
 
-# -------------------------------------------------------------------------------------------------------------- metrics
+# ------------------------------------------------------------------------------------------------------------- metrics
 
 
 def draw_weights(patient_ids: Sequence[Any], resamples: int, seed: int) -> np.ndarray:
@@ -260,7 +268,7 @@ def mean_over_labels(values: np.ndarray) -> np.ndarray:
 
 
 def with_interval(metric: str, values: np.ndarray, n: int) -> dict[str, Any] | None:
-    """A metric of (labels, draws) as the tables take it; None where no label is defined."""
+    """A metric of (labels, draws) in the form of `MetricResult.to_dict`; None where no label is defined."""
     means = mean_over_labels(values)
     if not np.isfinite(means[0]):
         return None
@@ -303,7 +311,7 @@ class Measured:
         self.counts[row] = {name: int(count) for name, count in known.items()} | {"mean_auroc": int(records.sum())}
 
     def metrics(self, row: str, model: str) -> dict[str, Any]:
-        """task to its metric."""
+        """task to its metric, with the value of each label."""
         values, counts = self.values[row, model], self.counts[row]
         return {name: with_interval(TASKS[name].metric, v, counts[name]) for name, v in values.items()}
 
@@ -314,7 +322,13 @@ class Measured:
             of_other = changes(self.values[row, other], self.values[CLEAN.name, other])
             found = {name: values - of_other[name] for name, values in found.items()}
         metric = {name: TASKS[name].metric for name in SHOWN} | {"mean_auroc": "macro_auroc"}
-        return {name: with_interval(metric[name], v, self.counts[row][name]) for name, v in found.items()}
+        results = {name: with_interval(metric[name], v, self.counts[row][name]) for name, v in found.items()}
+        return {name: without_labels(result) for name, result in results.items()}
+
+
+def without_labels(result: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A metric as a table shows it; the values of its labels are in the details."""
+    return None if result is None else {name: value for name, value in result.items() if name != "per_label"}
 
 
 def patient_groups(rows: datasets.Dataset) -> dict[str, np.ndarray]:
@@ -335,7 +349,8 @@ def patient_groups(rows: datasets.Dataset) -> dict[str, np.ndarray]:
 
 def table_row(measured: Measured, name: str, records: int, models: Sequence[str]) -> dict[str, Any]:
     """A line of the table: what ECG-MoE answers, and what it and the plain CNN lose."""
-    row = {"condition": name, "records": records, "metrics": measured.metrics(name, ECG_MOE)}
+    metrics = {task: without_labels(result) for task, result in measured.metrics(name, ECG_MOE).items()}
+    row: dict[str, Any] = {"condition": name, "records": records, "metrics": metrics}
     for model in models:
         row[f"change, {model}"] = None if name == CLEAN.name else measured.change(name, model)["mean_auroc"]
     if PLAIN_CNN in models:

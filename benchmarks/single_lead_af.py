@@ -7,10 +7,10 @@ the task `arrhythmia` gives, learned on the 12-lead ECGs of PTB-XL; no label of 
 recordings are the test. Class A (atrial fibrillation) is told from N (normal), and from N and O (other rhythm); the
 recordings too noisy for their readers are left out.
 
-Windows of ten seconds are averaged as prediction averages them, the logits and then the sigmoid; `details` has the mean
-and the maximum of the windows' probabilities too. The RR baselines need no network: how irregular the intervals between
-the R peaks are that `find_r_peaks` finds in the whole recording. Intervals are 95 % bootstrap intervals over recordings,
-since the set says nothing of its patients.
+Windows of ten seconds are averaged as prediction averages them, the logits and then the sigmoid; `details` has the
+mean and the maximum of the windows' probabilities too. The RR baselines need no network: how irregular the intervals
+between the R peaks are that `find_r_peaks` finds in the whole recording. Intervals are 95 % bootstrap intervals over
+recordings, since the set says nothing of its patients.
 """
 
 import json
@@ -69,8 +69,8 @@ def read_rows(arguments: SingleLeadArguments) -> datasets.Dataset:
     missing = [name for name in "NA" if name not in classes]
     if missing:
         raise ValueError(
-            f"{arguments.data_dir}: expected recordings of N and A, found {len(classes)} without {', '.join(missing)}; "
-            "use more of the data set"
+            f"{arguments.data_dir}: expected recordings of N and A, found {len(classes)} without "
+            f"{', '.join(missing)}; use more of the data set"
         )
     return rows.select(np.flatnonzero(np.isin(classes, list("NAO"))))
 
@@ -95,12 +95,12 @@ def window_logits(records: Records, many: MultiTask, cnn: PlainCnn | None) -> di
 def pooled(logits: Tensor, record_of: Tensor) -> dict[str, np.ndarray]:
     """Ways to make one probability (records, outputs) of those of a recording's windows; the first is prediction's."""
     probabilities = logits.double().sigmoid()
-    highest = probabilities.new_zeros(int(record_of.max()) + 1, logits.shape[1])
-    highest.index_reduce_(0, record_of, probabilities, "amax")
+    highest = np.zeros((int(record_of.max()) + 1, logits.shape[1]))
+    np.maximum.at(highest, record_of.numpy(), probabilities.numpy())
     return {
         "mean logit": mean_of_windows(logits.double(), record_of).sigmoid().numpy(),
         "mean probability": mean_of_windows(probabilities, record_of).numpy(),
-        "maximum": highest.numpy(),
+        "maximum": highest,
     }
 
 
@@ -117,8 +117,8 @@ def rr_irregularity(signal: np.ndarray, sampling_rate: float) -> tuple[float, fl
         sampling_rate: Hz.
 
     Returns:
-        Their standard deviation and the root mean square of their successive differences (RMSSD), both over their mean;
-        0 with fewer than `MIN_INTERVALS`, which no one would call irregular.
+        Their standard deviation and the root mean square of their successive differences (RMSSD), both over their
+        mean; 0 with fewer than `MIN_INTERVALS`, which no one would call irregular.
     """
     rr_s = rr_intervals(find_r_peaks(signal, sampling_rate))
     steps_s = np.diff(rr_s)
@@ -133,7 +133,7 @@ def compare(scores: np.ndarray, classes: np.ndarray, resamples: int) -> dict[str
     metrics = {}
     for name, others in COMPARED.items():
         kept = np.isin(classes, ["A", *others])
-        ranks = rankdata(scores[kept]) / kept.sum()  # AUROC sees the order alone, and the metric takes what is in [0, 1]
+        ranks = rankdata(scores[kept]) / kept.sum()  # in [0, 1] as the metric wants it, and AUROC sees the order alone
         truth = (classes[kept] == "A").astype(float)
         metrics[name] = bootstrap_interval("auroc", truth, ranks, resamples=resamples).to_dict()
     return metrics
