@@ -159,7 +159,7 @@ def test_the_rate_a_recording_is_given_at_does_not_change_the_answers(
     assert np.abs(difference_mv[:, 50:-50]).max() < 0.005
     logits = [many.logits(record.windows) for record in (before, after)]
     for task in many.cards:
-        np.testing.assert_allclose(logits[1][task], logits[0][task], atol=0.02)
+        np.testing.assert_allclose(logits[1][task], logits[0][task], atol=0.05)
 
 
 def test_a_window_is_the_middle_of_the_recording(rng: np.random.Generator) -> None:
