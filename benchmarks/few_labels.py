@@ -377,10 +377,10 @@ def short(values: dict[str, Any], task: Task) -> dict[str, Any]:
 
 
 class Trial(NamedTuple):
-    """Tasks that are learned from the same draws of `count` records, and what the row says of them."""
+    """Tasks that are learned from the same draws of `size` records, and what the row says of them."""
 
     tasks: Sequence[Task]
-    count: int
+    size: int
     facts: dict[str, Any]
 
 
@@ -390,8 +390,8 @@ def rows_of_draws(
     """Several draws from the training split for each trial, measured on `asked` where an answer is known."""
     drawn = []
     for trial in trials:
-        rngs = [np.random.default_rng([arguments.seed + n, trial.count]) for n in range(arguments.draws)]
-        drawn.append([draw(pool, trial.tasks[0], trial.count, rng) for rng in rngs])
+        rngs = [np.random.default_rng([arguments.seed + n, trial.size]) for n in range(arguments.draws)]
+        drawn.append([draw(pool, trial.tasks[0], trial.size, rng) for rng in rngs])
     used = np.unique(np.concatenate([index for pairs in drawn for pair in pairs for index in pair]))
     material, rows = encode(model, part_of(pool, used)), []
     for trial, pairs in zip(trials, drawn, strict=True):
@@ -402,7 +402,7 @@ def rows_of_draws(
             fit, inner = (material.part(np.searchsorted(used, index)) for index in pair)
             add_answers(answers, trial.tasks, Few(fit, inner, test, arguments.seed + number), model, arguments)
         for task in trial.tasks:
-            facts = trial.facts | {"labelled records": trial.count}
+            facts = trial.facts | {"labelled records": trial.size}
             rows.append(row_of(facts, task, answers[task.name], test.records, arguments.resamples))
     return rows
 
