@@ -66,8 +66,10 @@ def calibrations(card: AdapterCard, logits: np.ndarray, targets: np.ndarray, hal
     return fitted
 
 
-def crossed(of_first: np.ndarray, of_other: np.ndarray, half: np.ndarray) -> np.ndarray:
-    """What each record is told by the half that it is not in; both (records, ...)."""
+def crossed(pair: Sequence[np.ndarray], half: np.ndarray) -> np.ndarray:
+    """What each record is told by the half that it is not in, from what the first half and the other tell, (records,
+    ...) each."""
+    of_first, of_other = pair
     return np.where(half.reshape(-1, *[1] * (of_first.ndim - 1)), of_other, of_first)
 
 
@@ -99,8 +101,8 @@ def measure_probabilities(
     fitted = calibrations(card, logits, targets, half)
     told = {
         "uncalibrated": card.task.answers(logits),
-        "temperature": crossed(*(card.task.answers(logits / each.temperature) for each in fitted), half),
-        "scale and shift": crossed(platt(logits, targets, half), platt(logits, targets, ~half), half),
+        "temperature": crossed([card.task.answers(logits / each.temperature) for each in fitted], half),
+        "scale and shift": crossed([platt(logits, targets, half), platt(logits, targets, ~half)], half),
     }
     rng = np.random.default_rng(arguments.seed)
     rows = []
@@ -161,8 +163,8 @@ def measure_intervals(
     alone = [replace(each, group_half_widths={}) for each in fitted]
     values, truth = card.task.answers(logits)[:, 0], targets[:, 0]
     told = {
-        "one width": crossed(*(each.intervals(values, ALL_LEADS) for each in alone), half),
-        "by groups": crossed(*(each.intervals(values, ALL_LEADS) for each in fitted), half),
+        "one width": crossed([each.intervals(values, ALL_LEADS) for each in alone], half),
+        "by groups": crossed([each.intervals(values, ALL_LEADS) for each in fitted], half),
     }
     rows = []
     for group, members in groups.items():

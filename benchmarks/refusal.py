@@ -243,7 +243,7 @@ def errors_of(
     resamples: int,
 ) -> dict[str, Any]:
     """How wrong the answers of some recordings are: age in years, and the share with every rhythm statement right."""
-    result = {"records": int(chosen.sum())}
+    result: dict[str, Any] = {"records": int(chosen.sum())}
     age, rhythm = many.cards.get("age"), many.cards.get("arrhythmia")
     if age is not None:
         answers = age.task.answers(seen.logits["age"])

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from benchmarks.plain_cnn import PlainCnn
 from benchmarks.quality import ROOT, origin
@@ -149,9 +149,13 @@ def peer_runners(only: Sequence[str]) -> tuple[list[Runner], list[str]]:
     return runners, missing
 
 
+def _convolution(x_shape: list[int], w_shape: list[int], *_: Any, out_shape: list[int], **__: Any) -> int:
+    return conv_flop_count(x_shape, w_shape, out_shape)
+
+
 def _count(call: Callable[[], Any]) -> int:
-    """Floating-point operations that torch sees in a call."""
-    with FlopCounterMode(display=False) as counter:
+    """Floating-point operations that torch sees in a call, those of oneDNN's convolutions too."""
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.mkldnn_convolution: _convolution}) as counter:
         call()
     return counter.get_total_flops()
 

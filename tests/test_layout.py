@@ -25,7 +25,7 @@ OUTSIDE = {
     "evaluation": {"adaptation", "train", "benchmarks", "tests"},
     "checkpoints": {"adaptation", "train"},
     "report_words": {"train", "tests"},
-    "adaptation": {"train", "tests"},
+    "adaptation": {"train", "benchmarks", "tests"},
     "train": {"benchmarks", "tests"},
     "benchmarks": {"tests"},
     "space": {"tests"},

@@ -41,12 +41,12 @@ class CardiacClock:
     def __init__(self, r_peaks: Tensor, period: Tensor, times: Tensor) -> None:
         far = 1e6
         peaks = torch.where(r_peaks >= 0, r_peaks, far).contiguous()
-        following = functional.pad(peaks[:, 1:], (0, 1), value=far)
+        following = functional.pad(peaks, (0, 1), value=far)[:, 1:]
         first, mean = peaks[:, :1], period[:, None]
         # For each count of beats so far: where the cycle began (any whole number of cycles away), and how long it is.
         anchors = torch.cat([torch.where(first < far, first, 0.0), peaks], dim=1)
         cycles = torch.cat([mean, torch.where(following < far, following - peaks, mean)], dim=1)
-        at = torch.searchsorted(peaks, times.expand(len(peaks), -1).contiguous(), right=True)
+        at = torch.searchsorted(peaks, times.expand(peaks.shape[0], -1).contiguous(), right=True)
         known = mean > 0
         self.known, self.period = known[:, 0], period
         self.rr = cycles.gather(1, at) * known
