@@ -45,7 +45,7 @@ class Typicality:
     def save(self, folder: Path) -> Path:
         """Write the file; returns its path."""
         path = folder / TYPICALITY_FILE
-        arrays = {name: getattr(self, name).astype(np.float32) for name in _arrays()}
+        arrays = {name: np.ascontiguousarray(getattr(self, name), np.float32) for name in _arrays()}
         save_file(arrays, path, metadata={"base": self.base})
         return path
 
@@ -128,17 +128,18 @@ def fit_typicality(base: str, training: np.ndarray, swapped: np.ndarray, referen
         from sklearn.linear_model import LogisticRegression
     else:
         raise ImportError('fitting needs scikit-learn, which is not installed; pip install "ecg-moe[train]"')
-    shrunk = LedoitWolf().fit(training)
-    whitening = np.linalg.cholesky(shrunk.precision_).T
-    distances = np.linalg.norm((reference - shrunk.location_) @ whitening.T, axis=1)
-    both, truth = np.concatenate([training, swapped]), np.repeat([0, 1], [count, len(swapped)])
+    # In units of their own spread, so that shrinking favours none of them.
     spread = training.std(axis=0) + 1e-6
-    probe = LogisticRegression(C=0.1, max_iter=1000).fit(both / spread, truth)
+    shrunk = LedoitWolf().fit(training / spread)
+    mean, whitening = shrunk.location_ * spread, np.linalg.cholesky(shrunk.precision_).T / spread
+    distances = np.linalg.norm((reference - mean) @ whitening.T, axis=1)
+    both, truth = np.concatenate([training, swapped]) / spread, np.repeat([0, 1], [count, len(swapped)])
+    probe = LogisticRegression(C=0.1, max_iter=1000).fit(both, truth)
     arrays = {
-        "mean": shrunk.location_,
+        "mean": mean,
         "whitening": whitening,
         "quantiles": np.quantile(distances, np.linspace(0, 1, NUM_QUANTILES)),
         "swap_weight": probe.coef_[0] / spread,
         "swap_bias": probe.intercept_,
     }
-    return Typicality(base, **{name: array.astype(np.float32) for name, array in arrays.items()})
+    return Typicality(base, **{name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()})
