@@ -60,6 +60,6 @@ def write_log(accelerator: Accelerator, output_dir: Path, line: dict[str, Any]) 
 
 def save_arguments(folder: Path, *arguments: Any, **more: Any) -> None:
     """Write the resolved arguments beside the weights, without the paths of this machine."""
-    paths = ("data_dir", "clinical_dir", "cache_dir", "output_dir", "model", "model_config", "trunk", "csv")
+    paths = ("data_dir", "clinical_dir", "cache_dir", "output_dir", "model", "model_config", "csv")
     merged = {k: v for a in arguments for k, v in dataclasses.asdict(a).items() if k not in paths}
     (folder / "training.json").write_text(json.dumps(merged | more, indent=2) + "\n")

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -63,9 +62,6 @@ class TrainingArguments:
     resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in output_dir"})
     model: str | None = field(default=None, metadata={"help": "start from this model instead of new weights"})
     model_config: str | None = field(default=None, metadata={"help": "JSON with configuration fields to change"})
-    trunk: str | None = field(
-        default=None, metadata={"help": "take stem and conv family from this plain CNN, see plain_cnn.py, as they are"}
-    )
     loss_weights: str = field(
         default="{}", metadata={"help": 'weights of tasks other than in the task table, in JSON, such as {"sex": 3}'}
     )
@@ -88,25 +84,7 @@ def pretrain(data: DataArguments, arguments: TrainingArguments) -> dict[str, flo
         changes = json.loads(Path(arguments.model_config).read_text()) if arguments.model_config else {}
         model = EcgMoeForTasks(EcgMoeConfig(**changes))
         extractor = EcgMoeFeatureExtractor(sampling_rate=model.config.sampling_rate)
-    if arguments.trunk is not None:
-        load_trunk(model, Path(arguments.trunk))
     return fit_on_splits(model, extractor, data, arguments, accelerator)
-
-
-def load_trunk(model: EcgMoeForTasks, folder: Path) -> None:
-    """Take over stem and conv family of a plain CNN; they learn no more.
-
-    Raises:
-        FileNotFoundError: the folder lacks the weights, or the arguments they were trained with.
-    """
-    for name in ("model.safetensors", "training.json"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} lacks {name}; name the folder `model` of a run of plain_cnn.py")
-    weights = load_file(folder / "model.safetensors")
-    temporal: Any = model.ecgmoe.encoder.temporal
-    for part, module in (("stem.", temporal.stem), ("blocks.", temporal.families["conv"].blocks)):
-        module.load_state_dict({k.removeprefix(part): w for k, w in weights.items() if k.startswith(part)})
-        module.requires_grad_(False)
 
 
 def fit_on_splits(
@@ -182,8 +160,6 @@ def fit(
     pace = {name: getattr(arguments, name) for name in ("epochs", "batch_size", "max_steps")}
     pace["processes"] = accelerator.num_processes
     step = resume_checkpoint(accelerator, output_dir, pace) if arguments.resume else 0
-    # What does not learn keeps its batch statistics too.
-    frozen = [m for m in model.modules() if (own := list(m.parameters())) and not any(p.requires_grad for p in own)]
     metrics: dict[str, float] = {}
     samples = round(arguments.crop_s * rate)
     bar = tqdm(total=total, initial=step, disable=not accelerator.is_main_process, mininterval=10.0)
@@ -191,8 +167,6 @@ def fit(
         epoch, done = divmod(step, len(loader))
         loader.set_epoch(epoch) if hasattr(loader, "set_epoch") else None
         model.train()
-        for part in frozen:
-            part.eval()
         began, running = time.time(), []
         for batch in accelerator.skip_first_batches(loader, done) if done else loader:
             whole = arguments.full_every and step % arguments.full_every == 0
@@ -226,10 +200,7 @@ def fit(
         if REPORT_WORDS in trained.tasks:
             trained.remove_task(REPORT_WORDS)
         save_model(trained, extractor, output_dir / "model")
-        more: dict[str, Any] = {"processes": accelerator.num_processes}
-        if arguments.trunk:
-            more["first_stage"] = json.loads((Path(arguments.trunk) / "training.json").read_text())
-        save_arguments(output_dir / "model", data, arguments, **more)
+        save_arguments(output_dir / "model", data, arguments, processes=accelerator.num_processes)
     return metrics
 
 
