@@ -23,7 +23,7 @@ from benchmarks.quality import origin
 from modeling_ecgmoe.adapters import SIGNAL_KEYS, MultiTask
 from modeling_ecgmoe.feature_extraction_ecgmoe import Prepared
 from modeling_ecgmoe.fusion import mean_and_max
-from modeling_ecgmoe.leads import LEADS, LIMB_FROM_I_II
+from modeling_ecgmoe.leads import LEADS, LIMB_FROM_I_II, find_lead
 from modeling_ecgmoe.metrics import MetricResult, bootstrap_interval
 from modeling_ecgmoe.tasks import TASKS
 from modeling_ecgmoe.typicality import TYPICALITY_FILE, Typicality, fit_typicality
@@ -146,7 +146,7 @@ def see(
 
     for index, (signal, rate, names) in enumerate(_recordings(rows)):
         if spoil is not None:
-            if tuple(names) != LEADS:
+            if tuple(find_lead(name) for name in names) != LEADS:
                 raise ValueError(
                     f"row {index} has the leads {names}; only recordings in the order of {LEADS} are spoiled"
                 )
