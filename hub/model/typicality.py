@@ -128,10 +128,13 @@ def fit_typicality(base: str, training: np.ndarray, swapped: np.ndarray, referen
         from sklearn.linear_model import LogisticRegression
     else:
         raise ImportError('fitting needs scikit-learn, which is not installed; pip install "ecg-moe[train]"')
-    # In units of their own spread, so that shrinking favours none of them.
+    # In units of their own spread, so that shrinking favours none of them; in float32 the smallest of the covariance's
+    # eigenvalues would be lost.
+    training, swapped, reference = (np.asarray(values, np.float64) for values in (training, swapped, reference))
     spread = training.std(axis=0) + 1e-6
     shrunk = LedoitWolf().fit(training / spread)
-    mean, whitening = shrunk.location_ * spread, np.linalg.cholesky(shrunk.precision_).T / spread
+    variances, axes = np.linalg.eigh(shrunk.covariance_)
+    mean, whitening = shrunk.location_ * spread, (axes / np.sqrt(variances)).T / spread
     distances = np.linalg.norm((reference - mean) @ whitening.T, axis=1)
     both, truth = np.concatenate([training, swapped]) / spread, np.repeat([0, 1], [count, len(swapped)])
     probe = LogisticRegression(C=0.1, max_iter=1000).fit(both, truth)
