@@ -415,7 +415,7 @@ def table_rows(asked: dict[str, dict[str, Any]], load: dict[str, Any], lost: dic
 
     def row(what: str, found: dict[str, dict[str, Any]], decimals: int = 3) -> dict[str, Any]:
         cells = {
-            layer: f"{m['value']:.{decimals}f} [{m['low']:.{decimals}f}, {m['high']:.{decimals}f}]"
+            layer: f"{m['value']:z.{decimals}f} [{m['low']:z.{decimals}f}, {m['high']:z.{decimals}f}]"
             for layer, m in found.items()
         }
         return {"what": what} | {layer: cells.get(layer) for layer in lost}

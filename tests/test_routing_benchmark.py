@@ -187,6 +187,7 @@ def measure(mitdb: Path, ptb_xl: Path, folder: Path, *options: str) -> dict:
 
 def check_result(result: dict, folder: Path) -> None:
     assert set(KEYS) <= set(result)
+    assert "-0.0000" not in str(result["rows"])
     layers = ["morphology", "rhythm"]
     assert all(list(row) == ["what", *layers, "both paths"] for row in result["rows"])
     assert len(render_table(result).splitlines()) == len(result["rows"]) + 4
