@@ -487,8 +487,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.figure is not None:
         shape, rhythm = (max(name for name in load if name.startswith(path)) for path in ("morphology", "rhythm"))
         panels = {
-            "Beats that each morphology expert wins": (list(BEAT_TYPES.values()), asked["beat type"][shape]["winner"]),
-            "RR intervals that each rhythm expert wins": (RHYTHMS, asked["rhythm"][rhythm]["winner"]),
+            "Beats each morphology expert wins": (list(BEAT_TYPES.values()), asked["beat type"][shape]["winner"]),
+            "RR intervals each rhythm expert wins": (RHYTHMS, asked["rhythm"][rhythm]["winner"]),
         }
         strip = find_strip(rows, holter, beats, of_holter.beats[shape], extractor.sampling_rate)
         draw(arguments.figure, panels, strip)

@@ -161,7 +161,10 @@ def _count(call: Callable[[], Any]) -> int:
 
 
 def measure(runners: Sequence[Runner], batch_size: int, seconds: float) -> None:
-    """Run all in turns until each has had its share of the time; the slow ones sit out of most turns."""
+    """Run all in turns until each has had its share of the time; the slow ones sit out of most turns.
+
+    Each turn has an order of its own: whoever always follows the largest network finds the caches empty.
+    """
     costs = {}
     for runner in runners:
         began = time.process_time()
@@ -169,8 +172,10 @@ def measure(runners: Sequence[Runner], batch_size: int, seconds: float) -> None:
         costs[runner.name] = time.process_time() - began
         runner.ms[batch_size] = []
     turns = int(np.clip(seconds / sum(min(c, costs[REFERENCE] * 20) for c in costs.values()), 5, 200))
+    rng = np.random.default_rng(0)
     for turn in range(turns):
-        for runner in runners:
+        for index in rng.permutation(len(runners)):
+            runner = runners[index]
             every = max(1, round(turns / max(3.0, seconds / len(runners) / costs[runner.name])))
             if turn % every:
                 runner.ms[batch_size].append(None)
