@@ -3,11 +3,14 @@
     python -m benchmarks.calibration --data_dir ptb-xl
 
 Fold 9 is split into two halves by patient; a calibration is fitted on one half and looked at on the other, and then
-the other way round, so that every record counts once. Calibration errors are over 15 bins of equal mass; `details`
-has those over bins of equal width too. A calibration error of a finite sample is not zero even where every
-probability is right: `by_chance` is its mean over labels drawn from the probabilities themselves. A scale and a shift
-of each label (Platt 2000) in the place of the temperature, and half-widths by groups of true values in the place of
-one, are measured beside what the adapters do, whether they do it or not.
+the other way round, so that every record counts once. Which half the records of a small group fall into moves its
+coverage by points, so coverage is the mean over ten such splits.
+
+Calibration errors are over 15 bins of equal mass; `details` has those over bins of equal width too. The calibration
+error of a finite sample is not zero even where every probability is right: `by_chance` is its mean over labels drawn
+from the probabilities themselves. A scale and a shift of each label (Platt 2000) in the place of the temperature, and
+half-widths by groups of true values in the place of one, are measured beside what the adapters do, whether they do it
+or not.
 """
 
 import json
@@ -24,7 +27,7 @@ from benchmarks.quality import origin
 from evaluation import predict_adapters
 from modeling_ecgmoe.adapter_card import AdapterCard, calibrate, fit_groups
 from modeling_ecgmoe.adapters import MultiTask
-from modeling_ecgmoe.metrics import MetricResult, bootstrap_interval
+from modeling_ecgmoe.metrics import bootstrap_interval
 from modeling_ecgmoe.tasks import TASKS
 from records import DataArguments, Records, load_split
 
@@ -43,7 +46,8 @@ class CalibrationArguments:
     split: str = field(default="validation", metadata={"help": "validation or test"})
     out: Path = field(default=Path("benchmarks/results/calibration.json"), metadata={"help": "result file"})
     resamples: int = field(default=1000, metadata={"help": "bootstrap resamples of patients"})
-    seed: int = field(default=0, metadata={"help": "of the split into halves"})
+    seed: int = field(default=0, metadata={"help": "of the split into halves, the first of several"})
+    splits: int = field(default=10, metadata={"help": "splits into halves that the coverage is the mean of"})
 
 
 def first_half(patients: Sequence[str], seed: int) -> np.ndarray:
@@ -158,31 +162,34 @@ def measure_intervals(
 ) -> list[dict[str, Any]]:
     """How often the intervals hold the truth, overall and in groups of records, with one width for all and with
     one for each group of true values; and how wide they are."""
-    half = first_half(patients, arguments.seed)
-    fitted = calibrations(card, logits, targets, half)
-    alone = [replace(each, group_half_widths={}) for each in fitted]
     values, truth = card.task.answers(logits)[:, 0], targets[:, 0]
-    told = {
-        "one width": crossed([each.intervals(values, ALL_LEADS) for each in alone], half),
-        "by groups": crossed([each.intervals(values, ALL_LEADS) for each in fitted], half),
-    }
+    inside, width = ({name: np.zeros(len(truth)) for name in ("one width", "by groups")} for _ in range(2))
+    for seed in range(arguments.seed, arguments.seed + arguments.splits):
+        half = first_half(patients, seed)
+        fitted = calibrations(card, logits, targets, half)
+        alone = [replace(each, group_half_widths={}) for each in fitted]
+        for name, cards in (("one width", alone), ("by groups", fitted)):
+            low, high = crossed([each.intervals(values, ALL_LEADS) for each in cards], half).T
+            inside[name] += ((low <= truth) & (truth <= high)) / arguments.splits
+            width[name] += (high - low) / arguments.splits
     rows = []
     for group, members in groups.items():
         here = members & np.isfinite(truth)
         if here.sum() < MIN_POSITIVES:
             continue
         row: dict[str, Any] = {"answer": card.task.name, "group": group, "records": int(here.sum())}
-        for name, ends in told.items():
-            row[name] = coverage(ends[here], truth[here], np.asarray(patients)[here], arguments.resamples).to_dict()
-            row[f"{name}, mean width"] = float((ends[here, 1] - ends[here, 0]).mean())
+        for name, share in inside.items():
+            # Sums of tenths may end a hair above 1.
+            row[name] = bootstrap_interval(
+                "coverage",
+                np.ones(int(here.sum())),
+                np.minimum(share[here], 1.0),
+                resamples=arguments.resamples,
+                groups=np.asarray(patients)[here],
+            ).to_dict()
+            row[f"{name}, mean width"] = float(width[name][here].mean())
         rows.append(row)
     return rows
-
-
-def coverage(ends: np.ndarray, truth: np.ndarray, patients: np.ndarray, resamples: int) -> MetricResult:
-    """The share of the truth (records,) within ends (records, 2)."""
-    inside = ((ends[:, 0] <= truth) & (truth <= ends[:, 1])).astype(float)
-    return bootstrap_interval("coverage", np.ones(len(truth)), inside, resamples=resamples, groups=patients)
 
 
 def groups_of(age: np.ndarray, sex: np.ndarray) -> dict[str, np.ndarray]:

@@ -341,8 +341,9 @@ def _accuracy(targets: np.ndarray, predictions: np.ndarray, weights: np.ndarray)
 
 
 def _coverage(targets: np.ndarray, predictions: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The share of records whose truth lies in what was predicted: targets are 1, predictions 1 where it does."""
-    return _weighted_mean_error((predictions >= DECISION_THRESHOLD).astype(np.float64), targets == 1, weights)
+    """The share of records whose truth lies in what was predicted: targets are 1, predictions 1 where it does, or the
+    share of several predictions that hold it."""
+    return _weighted_mean_error(predictions, targets == 1, weights)
 
 
 def _each_label(

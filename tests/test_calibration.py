@@ -206,6 +206,11 @@ def test_right_probabilities_have_the_error_of_chance() -> None:
     assert found == pytest.approx(chance, abs=0.015)
 
 
+def test_coverage_takes_the_share_of_several_intervals() -> None:
+    result = bootstrap_interval("coverage", np.ones(4), np.array([1.0, 0.5, 0.5, 0.0]), resamples=0)
+    assert result.value == 0.5
+
+
 def test_no_patient_is_in_both_halves() -> None:
     patients = [f"p{i // 3}" for i in range(300)]
     half = first_half(patients, seed=0)
@@ -217,7 +222,7 @@ def test_no_patient_is_in_both_halves() -> None:
 
 
 def test_the_table_shows_each_label_and_the_worst_group_of_each_interval() -> None:
-    arguments = CalibrationArguments(resamples=20)
+    arguments = CalibrationArguments(resamples=20, splits=3)
     logits, truth = exaggerated_logits(2000, seed=0)
     values, ages = ages_drawn_to_the_middle(2000, seed=0)
     patients = [str(i // 2) for i in range(2000)]
