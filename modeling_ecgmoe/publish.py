@@ -22,9 +22,18 @@ from .cards import (
     read_results,
     results_table,
 )
+from .typicality import TYPICALITY_FILE
 from .upload import PublishError, Upload, explained
 
-MODEL_FILES = ("config.json", "preprocessor_config.json", "training.json", "log.jsonl", "results.json", "LICENSE")
+MODEL_FILES = (
+    "config.json",
+    "preprocessor_config.json",
+    "training.json",
+    "log.jsonl",
+    "results.json",
+    TYPICALITY_FILE,
+    "LICENSE",
+)
 NEEDED_CLASSES = {"config.json": ("AutoConfig", "AutoModel"), "preprocessor_config.json": ("AutoFeatureExtractor",)}
 MODEL_WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", CARD_FILE, "training.json", "results.json")
