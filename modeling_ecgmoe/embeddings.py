@@ -12,7 +12,10 @@ A table of them holds a row for each file, in this order of columns:
 The schema's metadata holds `base`, the fingerprint of the model: vectors of two models do not compare.
 """
 
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -130,7 +133,21 @@ class EmbeddingTable:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         # After Ctrl-C too: what is known so far is a whole file, which `resume` goes on with.
-        if self.rows:
-            self._flush()
-        self.writer.close()
-        self.part.replace(self.path)
+        with _uninterrupted():
+            if self.rows:
+                self._flush()
+            self.writer.close()
+            self.part.replace(self.path)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C is not heard; it could leave a file half written. Threads other than the main one never hear it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
