@@ -164,6 +164,14 @@ def test_the_plain_network_trains_in_the_same_loop(data: dict[str, Any], workpla
     assert json.loads((folder / "model" / "training.json").read_text())["processes"] == 1
 
 
+def test_tasks_weigh_as_told_and_the_others_as_in_the_table() -> None:
+    found = train.reweighted({"age": TASKS["age"], "sex": TASKS["sex"]}, {"sex": 3})
+    assert {name: task.loss_weight for name, task in found.items()} == {"sex": 3.0}
+    assert found["sex"].reads_like(TASKS["sex"])
+    with pytest.raises(ValueError, match="loss_weights names height; this model has age"):
+        train.reweighted({"age": TASKS["age"]}, {"height": 1})
+
+
 REPORTS = ["sinus rhythm. normal ecg.", "Sinus rhythm, inferior infarct", "atrial fibrillation", "", None, "sinus"]
 
 
