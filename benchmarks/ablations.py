@@ -314,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 print(f"{name}: measured before", flush=True)
                 continue
             start(job)
-        except Exception:
+        except Exception:  # whatever went wrong with one, hours of the others must not be lost; it is named below
             logger.exception("%s failed; the others go on", name)
             failed.append(name)
     if failed:

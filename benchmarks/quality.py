@@ -102,9 +102,8 @@ def demographic_answers(train: Records, records: Records) -> dict[str, np.ndarra
 
 
 def epochs_of(folder: Path) -> int:
-    """How often a model saw the training split, its first stage included; adapters come on top."""
-    training = json.loads((folder / "training.json").read_text())
-    return int(training["epochs"] + training.get("first_stage", {}).get("epochs", 0))
+    """How often a model saw the training split; adapters come on top."""
+    return int(json.loads((folder / "training.json").read_text())["epochs"])
 
 
 def main() -> None:
