@@ -283,7 +283,10 @@ def disturb(
     batch, leads, samples = values.shape
     device = values.device
     values = values * torch.exp(0.12 * torch.randn(batch, 1, 1, device=device))
-    noisy = (torch.rand(batch, 1, 1, device=device) < noise).float()
+    kept = _kept_leads(batch, lead_dropout, device)
+    lead_mask = signal["lead_mask"] & torch.where((signal["lead_mask"] & kept).any(dim=1, keepdim=True), kept, True)
+    hand_held = kept.sum(dim=1)[:, None, None] == 1  # one lead, of dry electrodes
+    noisy = (torch.rand(batch, 1, 1, device=device) < noise * torch.where(hand_held, HAND_HELD_NOISE, 1.0)).float()
     level = noisy * 0.3 * torch.rand(batch, leads, 1, device=device) ** 2
     seconds = torch.arange(samples, device=device) / sampling_rate
     rate_hz, turn = (
@@ -292,7 +295,6 @@ def disturb(
     )
     wander = noisy * 0.8 * torch.rand(batch, leads, 1, device=device) ** 2
     values = values + level * torch.randn_like(values) + wander * torch.sin(2 * math.pi * rate_hz * seconds + turn)
-    lead_mask = signal["lead_mask"] & _kept_leads(batch, lead_dropout, device)
     values = values * lead_mask[:, :, None] * signal["sample_mask"][:, None, :]
     peaks = signal["r_peaks"]
     found = (peaks >= 0) & (torch.rand(peaks.shape, device=device) > 0.02)
@@ -300,16 +302,26 @@ def disturb(
     return signal | {"input_values": values, "lead_mask": lead_mask} | beats_of(moved, sampling_rate)
 
 
+# How much more often noise meets records of one lead, and how often each lead is that one.
+HAND_HELD_NOISE = 5.0
+ALONE = torch.tensor([10.0, 8.0] + [1.0] * 10)
+
+
 def _kept_leads(batch: int, share: float, device: torch.device) -> Tensor:
     """Which leads a record keeps, (b, 12): all, or, for `share` of the records, a set that recorders really give.
 
-    Limb leads come all six or as a single one, since any two determine the rest; chest leads come one by one.
+    Four of ten such sets are one lead, mostly I and II, which wrist and chest devices record; three are the six limb
+    leads; three are chest leads, each kept with a chance that differs between records, beside all limb leads or none.
     """
-    draw = torch.rand(batch, 14, device=device)
-    limbs = draw[:, :6] == draw[:, :6].amax(dim=1, keepdim=True)
-    limbs = limbs | (draw[:, 12:13] < 0.7)
-    chest = draw[:, 6:12] < draw[:, 12:13] * 1.2 - 0.2
-    return torch.cat([limbs, chest], dim=1) | (draw[:, 13:14] >= share)
+    draw = torch.rand(batch, 4, device=device)
+    alone = functional.one_hot(torch.multinomial(ALONE.to(device), batch, replacement=True), NUM_LEADS).bool()
+    limbs = torch.arange(NUM_LEADS, device=device) < 6
+    chest = torch.rand(batch, NUM_LEADS, device=device) < 0.2 + 0.8 * draw[:, :1]
+    chest = torch.where(limbs, draw[:, 1:2] < 0.7, chest)
+    chest = torch.where(chest.any(dim=1, keepdim=True), chest, limbs)
+    kind = draw[:, 2:3]
+    kept = torch.where(kind < 0.4, alone, torch.where(kind < 0.7, limbs, chest))
+    return kept | (draw[:, 3:4] >= share)
 
 
 def as_is(batch: Any) -> Any:
@@ -328,6 +340,7 @@ def batches(records: "Records | EncodedRecords", size: int = 64) -> Iterator[dic
 ENCODED_KEYS = (
     "last_hidden_state",
     "token_mask",
+    "pooled_waves",
     "beat_hidden_state",
     "beat_mask",
     "rhythm_hidden_state",

@@ -424,8 +424,32 @@ def test_disturbing_keeps_shapes_masks_and_at_least_one_lead() -> None:
     assert (disturbed["input_values"][~disturbed["lead_mask"]] == 0).all()
     assert torch.isfinite(disturbed["input_values"]).all()
     assert disturbed["r_peaks"].shape == disturbed["rr_intervals_s"].shape
-    # Limb leads come as all six or one, as recorders have them.
-    assert set(disturbed["lead_mask"][:, :6].sum(dim=1).tolist()) == {1, 6}
+
+
+def test_leads_are_lost_as_recorders_lack_them() -> None:
+    torch.manual_seed(0)
+    lead_mask = disturb(ramps(1024), 100, noise=0.0, lead_dropout=1.0)["lead_mask"]
+    limbs, leads = lead_mask[:, :6].sum(dim=1), lead_mask.sum(dim=1)
+    # Two limb leads determine the others, so there are one, six or none of them.
+    assert set(limbs.tolist()) == {0, 1, 6}
+    assert (leads[limbs == 1] == 1).all()
+    alone = lead_mask[leads == 1]
+    assert 0.35 < len(alone) / 1024 < 0.5
+    assert alone[:, :2].float().sum() > 0.5 * len(alone)  # I and II are what wrist and chest devices record
+    assert alone.any(dim=0).all()
+
+
+def test_the_share_of_records_that_lose_leads_is_kept() -> None:
+    torch.manual_seed(0)
+    lead_mask = disturb(ramps(1024), 100, noise=0.0, lead_dropout=0.25)["lead_mask"]
+    assert 0.18 < (~lead_mask).any(dim=1).float().mean() < 0.28
+
+
+def test_a_record_whose_only_leads_would_be_lost_keeps_them() -> None:
+    torch.manual_seed(0)
+    single = ramps(256)
+    single["lead_mask"] = torch.zeros_like(single["lead_mask"]).index_fill(1, torch.tensor([7]), True)
+    assert torch.equal(disturb(single, 100, lead_dropout=1.0)["lead_mask"], single["lead_mask"])
 
 
 def test_disturbed_beats_are_near_the_true_ones_and_intervals_follow_them() -> None:
