@@ -38,6 +38,7 @@ from modeling_ecgmoe.tasks import TASKS, Task
 from records import DataArguments, Records, as_is, crop, disturb, load_split
 from report_words import TASK_NAME as REPORT_WORDS
 from report_words import add_report_words
+from soft_labels import soften
 
 
 @dataclass
@@ -66,6 +67,8 @@ class TrainingArguments:
         default="{}", metadata={"help": 'weights of tasks other than in the task table, in JSON, such as {"sex": 3}'}
     )
     report_weight: float = field(default=0.0, metadata={"help": "weight of the reports' words as a target, 0: none"})
+    soft_labels: str = field(default="", metadata={"help": "other models' answers, from benchmarks.soft_labels"})
+    soft_share: float = field(default=0.5, metadata={"help": "how far labels move to these answers, 0 to 1"})
     report_min_count: int = field(default=40, metadata={"help": "words in fewer reports are no targets"})
 
 
@@ -105,6 +108,8 @@ def fit_on_splits(
             model.add_task(words)
             tasks.append(words)
         train = Records(rows, extractor, tasks, data.num_proc)
+        if arguments.soft_labels:
+            soften(train, tasks, arguments.soft_labels, arguments.soft_share)
     if arguments.model is None:
         start_at_base_rates(model, train.labels)
     return fit(model, extractor, train, validation, data, arguments, accelerator)

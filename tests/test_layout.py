@@ -21,10 +21,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("modeling_ecgmoe", "data_builders")
 # What stands outside the packages and may be imported by whom. The packages themselves are open to everyone.
 OUTSIDE = {
-    "records": {"evaluation", "adaptation", "train", "benchmarks", "tests"},
+    "records": {"soft_labels", "evaluation", "adaptation", "train", "benchmarks", "tests"},
     "evaluation": {"adaptation", "train", "benchmarks", "tests"},
     "checkpoints": {"adaptation", "train"},
     "report_words": {"train", "tests"},
+    "soft_labels": {"train", "tests"},
     "adaptation": {"train", "benchmarks", "tests"},
     "train": {"benchmarks", "tests"},
     "benchmarks": {"tests"},
