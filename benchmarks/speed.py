@@ -114,6 +114,7 @@ def own_runners(model: str, onnx: Path | None) -> tuple[list[Runner], MultiTask]
             together(ones),
         ),
         Runner("conventional: xresnet1d101, five heads", own, size(conventional), alone(conventional)),
+        Runner("the same, normalisations folded", own, size(conventional), alone(conventional.folded())),
         Runner("plain CNN, seven heads", own, size(plain), alone(plain)),
     ]
     if onnx is not None:

@@ -7,8 +7,11 @@ All four stages are 64 channels wide inside and 256 outside, and the kernels are
 a hidden layer of 128 make the record's embedding, as there. It is here to be timed, with random weights.
 """
 
+import copy
+
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from modeling_ecgmoe.tasks import Task
 
@@ -79,3 +82,15 @@ class XResNet1d101(nn.Module):
         hidden = self.blocks(self.stem(input_values))
         embedding = self.embed(torch.cat([hidden.amax(dim=2), hidden.mean(dim=2)], dim=1))
         return {name: head(embedding) for name, head in self.heads.items()}
+
+    def folded(self) -> "XResNet1d101":
+        """A copy for inference, with the normalisations inside the convolutions before them."""
+        copied = copy.deepcopy(self).eval()
+        for part in copied.modules():
+            if (
+                isinstance(part, nn.Sequential)
+                and isinstance(part[0], nn.Conv1d)
+                and isinstance(part[1], nn.BatchNorm1d)
+            ):
+                part[0], part[1] = fuse_conv_bn_eval(part[0], part[1]), nn.Identity()
+        return copied
