@@ -18,19 +18,19 @@ from modeling_ecgmoe.configuration_ecgmoe import PRETRAINING_TASKS, EcgMoeConfig
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeTaskOutput, task_loss
 from modeling_ecgmoe.tasks import TASKS, Task
-from modeling_ecgmoe.temporal import Stem, last_blocks
+from modeling_ecgmoe.temporal import Stem
 from records import DataArguments
 from train import TrainingArguments, accelerator_for, fit_on_splits, parse_arguments
 
 
 class PlainCnn(nn.Module):
-    """ECG-MoE's stem and conv family alone; global mean and maximum pooling."""
+    """A residual network like ECG-MoE's stem, one block deeper; global mean and maximum pooling."""
 
     def __init__(self) -> None:
         super().__init__()
         self.tasks = {name: TASKS[name] for name in PRETRAINING_TASKS}
-        config = EcgMoeConfig()
-        self.stem, self.blocks = Stem(config), last_blocks(config)
+        config = EcgMoeConfig(conv_blocks=(1, 1, 2))
+        self.stem = Stem(config)
         self.dropout = nn.Dropout(0.3)
         self.width = 2 * config.conv_channels[-1]
         self.heads = nn.ModuleDict(
@@ -39,7 +39,7 @@ class PlainCnn(nn.Module):
 
     def forward(self, input_values: Tensor, labels: dict[str, Tensor] | None = None, **other: Any) -> EcgMoeTaskOutput:
         """Takes what the feature extractor gives and leaves the beats in `other` alone."""
-        hidden = self.blocks(self.stem(input_values))
+        hidden = self.stem(input_values)
         pooled = self.dropout(torch.cat([hidden.mean(dim=2), hidden.amax(dim=2)], dim=1))
         logits = {name: self.heads[f"head_{name}"](pooled) for name in self.tasks}
         if labels is None:

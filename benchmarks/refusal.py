@@ -22,10 +22,10 @@ from transformers import HfArgumentParser
 from benchmarks.quality import origin
 from modeling_ecgmoe.adapters import SIGNAL_KEYS, MultiTask
 from modeling_ecgmoe.feature_extraction_ecgmoe import Prepared
-from modeling_ecgmoe.fusion import mean_and_max
 from modeling_ecgmoe.leads import LEADS, LIMB_FROM_I_II, find_lead
 from modeling_ecgmoe.metrics import MetricResult, bootstrap_interval
 from modeling_ecgmoe.tasks import TASKS
+from modeling_ecgmoe.temporal import mean_and_max
 from modeling_ecgmoe.typicality import TYPICALITY_FILE, Typicality, fit_typicality
 from records import DataArguments, Records, batches, load_split
 
@@ -179,7 +179,7 @@ def _recordings(rows: datasets.Dataset) -> Iterator[tuple[np.ndarray, float, lis
 def _outputs(many: MultiTask, signal: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
     """Features, remarks and the logits of all adapters, from one pass of the backbone."""
     encoded = many.encoder(**signal)
-    remarks = torch.sigmoid(many.model.heads["head_quality"](many.fusion(encoded.memories())[0]))
+    remarks = torch.sigmoid(many.model.heads["head_quality"](many.fusion(encoded)[0]))
     outputs = many.task_logits(encoded) | {"features": mean_and_max(*encoded.memories()["tokens"]), "remarks": remarks}
     return {name: value.float().numpy() for name, value in outputs.items()}
 

@@ -37,7 +37,7 @@ class Embedder(MultiTask):
         """Prepared windows to float32 (windows, record_size)."""
         features = self.extractor.pad(windows, return_tensors="pt")
         encoded = self.encoder(**{name: features[name].to(self.device) for name in SIGNAL_KEYS})
-        return self.fusion(encoded.memories())[0].float().cpu().numpy()
+        return self.fusion(encoded)[0].float().cpu().numpy()
 
     def answer(self, prepared: Sequence[Prepared], batch_size: int = 32) -> list[dict[str, Any]]:
         """{"embedding": record_size numbers} for each recording, the mean over its windows."""

@@ -11,8 +11,9 @@ from huggingface_hub import constants
 from huggingface_hub.dataclasses import strict
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny_model import TINY_TASKS, save_tiny_model, tiny_model
-from torch import Tensor
+from torch import Tensor, nn
 
+from benchmarks.xresnet import XResNet1d101
 from data_builders.synthetic import synthetic_ecg
 from modeling_ecgmoe.adapter_card import AdapterCard
 from modeling_ecgmoe.adapters import SIGNAL_KEYS, MultiTask, fingerprint
@@ -265,3 +266,15 @@ def test_identity_tells_models_and_adapters_apart(hub: Path, tmp_path: Path) -> 
     before = many.identity()["adapters"]
     many.load(tmp_path)
     assert [name for name, value in many.identity()["adapters"].items() if value != before[name]] == ["sex"]
+
+
+def test_the_conventional_network_to_compare_with_folds_too() -> None:
+    torch.manual_seed(0)
+    net = XResNet1d101({"sex": TASKS["sex"]})
+    with torch.no_grad():
+        for _ in range(2):
+            net(torch.randn(8, 12, 400))  # so that the normalisations have something to do
+        net.eval()
+        x = torch.randn(2, 12, 1000)
+        torch.testing.assert_close(net.folded()(x), net(x), atol=1e-4, rtol=1e-4)
+    assert sum(isinstance(part, nn.BatchNorm1d) for part in net.folded().modules()) == 2  # those of the hidden layer

@@ -12,9 +12,9 @@ from tiny_model import save_tiny_model
 from benchmarks.refusal import SPOILED, amiss, most_suspicious, pink_noise, swap_arms
 from data_builders.synthetic import synthetic_ecg
 from modeling_ecgmoe.adapters import MultiTask
-from modeling_ecgmoe.fusion import mean_and_max
 from modeling_ecgmoe.leads import LEADS
 from modeling_ecgmoe.record_answers import answer_records, prepare_record
+from modeling_ecgmoe.temporal import mean_and_max
 from modeling_ecgmoe.typicality import TYPICALITY_FILE, Typicality, fit_typicality
 
 ROOT = Path(__file__).resolve().parents[1]

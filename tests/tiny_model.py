@@ -8,7 +8,7 @@ import torch
 
 from modeling_ecgmoe.adapter_card import AdapterCard, calibrate
 from modeling_ecgmoe.adapters import fingerprint
-from modeling_ecgmoe.configuration_ecgmoe import EcgMoeConfig
+from modeling_ecgmoe.configuration_ecgmoe import FAMILIES, EcgMoeConfig
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.lora import lora_model, save_adapter
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeForTasks
@@ -25,6 +25,7 @@ def tiny_model(**changes: Any) -> EcgMoeForTasks:
     """
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
+        "families": FAMILIES,
         "hidden_size": 16,
         "conv_channels": (4, 8, 8, 8),
         "conv_blocks": (1, 1, 1),
