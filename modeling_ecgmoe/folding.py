@@ -20,7 +20,7 @@ from .configuration_ecgmoe import EcgMoeConfig
 from .encoder import EcgMoeEncoder
 from .fusion import Fusion
 from .routing import Elements, MixtureLayer, Routing
-from .temporal import ResidualBlocks, SsmFamily, StateSpace, Stem
+from .temporal import PeriodFamily, ResidualBlocks, SsmFamily, StateSpace, Stem
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -73,6 +73,8 @@ def folded(encoder: EcgMoeEncoder) -> EcgMoeEncoder:
         if isinstance(family, SsmFamily):
             layers: Any = family.layers
             family.layers = nn.ModuleList(FoldedStateSpace(layer) for layer in layers)
+        elif isinstance(family, PeriodFamily):
+            family.cycle, family.departure = FoldedConv(family.cycle), FoldedConv(family.departure)  # type: ignore[assignment]
     paths: Any = copied.paths
     copied.mixture_layers = FoldedMixtureLayers([path.layers for path in paths.values()])  # type: ignore[assignment]
     for path in paths.values():
@@ -94,7 +96,7 @@ class FoldedStem(nn.Module):
 
     def forward(self, x: Tensor, masks: Sequence[Tensor]) -> Tensor:
         """See `Stem.forward`."""
-        x = x.unsqueeze(2).contiguous(memory_format=torch.channels_last)
+        x = _channels_last(x)
         for enter, blocks, mask in zip(self.enters, self.blocks, masks, strict=True):
             mask = mask.unsqueeze(2)
             x = blocks(functional.relu_(_convolved(enter, x)).mul_(mask), mask)
@@ -114,6 +116,25 @@ class FoldedBlocks(nn.ModuleList):
             inner = functional.relu_(_convolved(first, x)).mul_(mask)
             x = functional.relu_(_convolved(second, inner).add_(x)).mul_(mask)
         return x
+
+
+class FoldedConv(nn.Module):
+    """A convolution of (b, channels, t), run like those of the stem."""
+
+    def __init__(self, conv: nn.Conv1d) -> None:
+        super().__init__()
+        self.around = conv.kernel_size[0] // 2 if conv.padding_mode == "circular" else 0
+        assert conv.bias is not None
+        self.conv = _wide(conv, conv.weight, conv.bias, 0 if self.around else conv.padding[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.around:
+            x = functional.pad(x, (self.around, self.around), mode="circular")
+        return _convolved(self.conv, _channels_last(x)).squeeze(2)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.unsqueeze(2).contiguous(memory_format=torch.channels_last)
 
 
 def _convolved(layer: nn.Conv2d, x: Tensor) -> Tensor:
@@ -138,8 +159,13 @@ def _folded_conv(layer: Any) -> nn.Conv2d:
     weight, bias = fuse_conv_bn_weights(
         conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     )
+    return _wide(conv, weight, bias, conv.padding[0])
+
+
+def _wide(conv: nn.Conv1d, weight: Tensor, bias: Tensor, padding: int | str) -> nn.Conv2d:
+    """The convolution of (b, channels, 1, t) with this weight (out, in, k) and bias."""
     wide = nn.Conv2d(
-        conv.in_channels, conv.out_channels, (1, conv.kernel_size[0]), (1, conv.stride[0]), (0, conv.padding[0])
+        conv.in_channels, conv.out_channels, (1, conv.kernel_size[0]), (1, conv.stride[0]), (0, int(padding))
     )
     wide.weight = nn.Parameter(weight.detach().unsqueeze(2).contiguous(memory_format=torch.channels_last))
     wide.bias = nn.Parameter(bias.detach())

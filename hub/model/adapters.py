@@ -24,8 +24,9 @@ from .configuration_ecgmoe import EcgMoeConfig
 from .encoder import EcgMoeEncoderOutput, add_prior
 from .feature_extraction_ecgmoe import EcgMoeFeatureExtractor, Prepared
 from .folding import WEIGHTS_FILE, Backbone, folded
-from .fusion import Fusion, mean_and_max
+from .fusion import Fusion
 from .stacking import CONFIG_FILE, AdapterWeights, StackedFusion
+from .temporal import mean_and_max
 from .typicality import Typicality
 
 if TYPE_CHECKING:
@@ -278,7 +279,7 @@ class MultiTask:
         if not self.cards:
             return {}
         assert encoded.period_s is not None  # the encoder always gives it
-        embeddings = self.stacked()(encoded.memories())
+        embeddings = self.stacked()(encoded)
         return {
             name: add_prior(
                 torch.nn.functional.linear(embedding, *self._weights[name].head),
@@ -294,7 +295,7 @@ class MultiTask:
         window = prepared.windows[0]
         features = self.extractor.pad([window], return_tensors="pt")
         encoder, beats = self.encoder(**{name: features[name] for name in SIGNAL_KEYS}), len(window["r_peaks"])
-        _, attentions = self.fusion(encoder.memories())
+        _, attentions = self.fusion(encoder)
         weights = encoder.family_weights[0][encoder.token_mask[0]].mean(dim=0)
         experts = self.config.num_experts
         beat_probs, rhythm_probs = (

@@ -27,9 +27,9 @@ class EcgMoeConfig(PreTrainedConfig):
     families (`list[str]`): temporal feature families, a subset of conv, ssm, patch, trend, period.
     paths (`list[str]`): mixture-of-experts paths, a subset of morphology, rhythm.
     hidden_size (`int`): width D of tokens and beats.
-    conv_channels (`list[int]`): widths of the stem at strides 2, 4, 8 and 16; the last is the conv family's too.
+    conv_channels (`list[int]`): widths of the stem at strides 2, 4, 8 and 16.
     conv_kernels (`list[int]`): kernel lengths there.
-    conv_blocks (`list[int]`): residual blocks of the stem at strides 4 and 8, and of the conv family at 16.
+    conv_blocks (`list[int]`): residual blocks of the stem at strides 4, 8 and 16.
     ssm_channels, ssm_states, ssm_layers (`int`): width, states a channel and depth of the state-space family.
     patch_channels, patch_layers (`int`): width and depth of the patch transformer.
     trend_window_s (`float`): the moving average that splits trend and residual, in seconds.
@@ -65,15 +65,15 @@ class EcgMoeConfig(PreTrainedConfig):
     leads: list[str] | tuple[str, ...] = LEADS
     sampling_rate: int = 100
     token_stride: int = 16
-    families: list[str] | tuple[str, ...] = ("conv", "ssm", "trend", "period")
+    families: list[str] | tuple[str, ...] = ("conv", "ssm", "period")
     paths: list[str] | tuple[str, ...] = PATHS
     hidden_size: int = 128
     conv_channels: list[int] | tuple[int, ...] = (32, 64, 128, 192)
     conv_kernels: list[int] | tuple[int, ...] = (9, 5, 3, 3)
-    conv_blocks: list[int] | tuple[int, ...] = (1, 1, 2)
+    conv_blocks: list[int] | tuple[int, ...] = (1, 1, 1)
     ssm_channels: int = 96
     ssm_states: int = 16
-    ssm_layers: int = 2
+    ssm_layers: int = 1
     patch_channels: int = 96
     patch_layers: int = 1
     trend_window_s: float = 0.8
@@ -89,13 +89,13 @@ class EcgMoeConfig(PreTrainedConfig):
     router_aux_loss_coef: float = 0.01
     router_z_loss_coef: float = 0.001
     period_aware: bool = True
-    num_queries: int = 3
+    num_queries: int = 2
     fusion_size: int = 256
     record_size: int = 256
     dropout: float = 0.1
     head_dropout: float = 0.3
     drop_path: float = 0.1
-    memory_dropout: float = 0.1
+    memory_dropout: float = 0.3
     initializer_range: float = 0.02
     tasks: dict[str, Any] | None = None
 

@@ -8,7 +8,16 @@ from torch.nn import functional
 from transformers.utils import ModelOutput
 
 from .configuration_ecgmoe import EcgMoeConfig
-from .routing import MorphologyPath, RhythmPath, Routing, load_balancing_loss, router_z_loss, rr_features
+from .routing import (
+    Elements,
+    MixtureLayers,
+    MorphologyPath,
+    RhythmPath,
+    Routing,
+    load_balancing_loss,
+    router_z_loss,
+    rr_features,
+)
 from .tasks import Task
 from .temporal import CardiacClock, TemporalFeatures
 
@@ -19,6 +28,7 @@ class EcgMoeEncoderOutput(ModelOutput):
 
     Args:
         last_hidden_state: tokens (b, s, d), and `token_mask` (b, s).
+        pooled_waves: (b, 2 * channels), mean and highest of the stem's output; without a stem None.
         beat_hidden_state: (b, 1 + n, d), the mean beat first, and `beat_mask` (b, 1 + n).
         rhythm_hidden_state: (b, m, d), coarse stretches and then RR intervals, and `rhythm_mask` (b, m).
         family_weights: (b, s, families), what the gate gives each temporal family.
@@ -29,6 +39,7 @@ class EcgMoeEncoderOutput(ModelOutput):
 
     last_hidden_state: Tensor | None = None
     token_mask: Tensor | None = None
+    pooled_waves: Tensor | None = None
     beat_hidden_state: Tensor | None = None
     beat_mask: Tensor | None = None
     rhythm_hidden_state: Tensor | None = None
@@ -59,6 +70,7 @@ class EcgMoeEncoder(nn.Module):
         self.paths = nn.ModuleDict(
             {name: {"morphology": MorphologyPath, "rhythm": RhythmPath}[name](config) for name in config.paths}
         )
+        self.mixture_layers = MixtureLayers()
 
     def forward(
         self,
@@ -97,30 +109,39 @@ class EcgMoeEncoder(nn.Module):
         clock = CardiacClock(r_peaks, period, torch.arange(input_values.shape[2], device=r_peaks.device).float())
         at_tokens = clock.features(rate, slice(stride // 2, None, stride)).to(dtype)
 
-        tokens, family_weights = self.temporal(input_values, token_mask, sample_mask, clock, at_tokens)
-        routings: dict[str, tuple[list[Routing], Tensor]] = {}
+        tokens, family_weights, pooled_waves = self.temporal(input_values, token_mask, sample_mask, clock, at_tokens)
         output = EcgMoeEncoderOutput(
-            last_hidden_state=tokens, token_mask=token_mask, family_weights=family_weights, period_s=period_s
+            last_hidden_state=tokens,
+            token_mask=token_mask,
+            pooled_waves=pooled_waves,
+            family_weights=family_weights,
+            period_s=period_s,
         )
+        elements: dict[str, Elements] = {}
         beats = rr_features(rr_intervals_s.float(), period_s.float(), beat_mask).to(dtype)
         if "morphology" in self.paths:
-            at_beats = _clock_at_beats(r_peaks, rr_intervals_s, period_s, beat_mask, beats)
-            path = self.paths["morphology"](input_values, tokens, token_mask, r_peaks, beat_mask, at_beats.to(dtype))
-            output.beat_hidden_state, output.beat_mask = path.hidden, path.mask
-            output.morphology_router_probs = tuple(torch.softmax(r.logits, dim=-1) for r in path.routings)
-            routings["morphology"] = (path.routings, path.mask)
+            at_beats = _clock_at_beats(beats, period_s, beat_mask)
+            path = self.paths["morphology"]
+            elements["morphology"] = path(input_values, tokens, token_mask, r_peaks, beat_mask, at_beats.to(dtype))
         if "rhythm" in self.paths:
-            path = self.paths["rhythm"](tokens, token_mask, r_peaks, beat_mask, beats)
-            output.rhythm_hidden_state, output.rhythm_mask = path.hidden, path.mask
-            output.rhythm_router_probs = tuple(torch.softmax(r.logits, dim=-1) for r in path.routings)
-            routings["rhythm"] = (path.routings, path.mask)
+            elements["rhythm"] = self.paths["rhythm"](tokens, token_mask, r_peaks, beat_mask, beats)
+        layers = {name: path.layers for name, path in self.paths.items()}
+        states, routings = self.mixture_layers(layers, elements)
+        probs = {name: tuple(torch.softmax(r.logits, dim=-1) for r in each) for name, each in routings.items()}
+        if "morphology" in states:
+            output.beat_hidden_state, output.beat_mask = states["morphology"], elements["morphology"].mask
+            output.morphology_router_probs = probs["morphology"]
+        if "rhythm" in states:
+            output.rhythm_hidden_state, output.rhythm_mask = states["rhythm"], elements["rhythm"].mask
+            output.rhythm_router_probs = probs["rhythm"]
         if self.training:
-            output.aux_loss = self._router_losses(routings)
+            output.aux_loss = self._router_losses(routings, elements)
         return output
 
-    def _router_losses(self, routings: dict[str, tuple[list[Routing], Tensor]]) -> Tensor:
+    def _router_losses(self, routings: dict[str, list[Routing]], elements: dict[str, Elements]) -> Tensor:
         total = torch.zeros((), device=self.temporal.norm.weight.device)
-        for layers, mask in routings.values():
+        for name, layers in routings.items():
+            mask = elements[name].mask
             for routing in layers:
                 balance = load_balancing_loss(routing.logits, routing.experts, mask)
                 total = total + self.config.router_aux_loss_coef * balance
@@ -137,16 +158,11 @@ def _checked_shape(input_values: Tensor, config: EcgMoeConfig) -> tuple[int, int
     return input_values.shape[0], input_values.shape[2]
 
 
-def _clock_at_beats(
-    r_peaks: Tensor, rr_intervals_s: Tensor, period_s: Tensor, beat_mask: Tensor, beats: Tensor
-) -> Tensor:
+def _clock_at_beats(beats: Tensor, period_s: Tensor, beat_mask: Tensor) -> Tensor:
     """The clock features of beats, (b, n, CLOCK_FEATURES): phase is 0 there by definition, the rest is their RR."""
-    before, after = beats[..., 0], beats[..., 1]
-    zeros, ones = torch.zeros_like(before), torch.ones_like(before)
-    known = (before > 0).to(before.dtype)
-    columns = [before, after, beats[..., 2], beats[..., 3], beats[..., 4], beats[..., 5]]
-    columns += [period_s[:, None].to(before.dtype) * ones, known, zeros, ones]
-    return torch.stack(columns, dim=-1) * beat_mask[..., None]
+    real = beat_mask[..., None].to(beats.dtype)
+    period, known = period_s[:, None, None].to(beats.dtype) * real, (beats[..., :1] > 0).to(beats.dtype)
+    return torch.cat([beats, period, known, torch.zeros_like(real), real], dim=-1)
 
 
 # A regression with a measured prior learns only a correction; it moves in steps of this share of the task's spread.

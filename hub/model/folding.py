@@ -19,8 +19,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from .configuration_ecgmoe import EcgMoeConfig
 from .encoder import EcgMoeEncoder
 from .fusion import Fusion
-from .routing import MixtureLayer, Routing
-from .temporal import ConvFamily, ResidualBlocks, SsmFamily, StateSpace, Stem
+from .routing import Elements, MixtureLayer, Routing
+from .temporal import PeriodFamily, ResidualBlocks, SsmFamily, StateSpace, Stem
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -70,23 +70,16 @@ def folded(encoder: EcgMoeEncoder) -> EcgMoeEncoder:
     if temporal.stem is not None:
         temporal.stem = FoldedStem(temporal.stem)
     for family in temporal.families.values():
-        if isinstance(family, ConvFamily):
-            family.blocks = FoldedBlocks(family.blocks)  # type: ignore[assignment]
-        elif isinstance(family, SsmFamily):
+        if isinstance(family, SsmFamily):
             layers: Any = family.layers
             family.layers = nn.ModuleList(FoldedStateSpace(layer) for layer in layers)
+        elif isinstance(family, PeriodFamily):
+            family.cycle, family.departure = FoldedConv(family.cycle), FoldedConv(family.departure)  # type: ignore[assignment]
     paths: Any = copied.paths
+    copied.mixture_layers = FoldedMixtureLayers([path.layers for path in paths.values()])  # type: ignore[assignment]
     for path in paths.values():
-        path.layers = nn.ModuleList(FoldedMixtureLayer(layer) for layer in path.layers)
+        path.layers = nn.ModuleList()
     return copied.requires_grad_(False)
-
-
-def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
-    with torch.no_grad():
-        layer.weight.copy_(weight)
-        layer.bias.copy_(bias)
-    return layer
 
 
 class FoldedStem(nn.Module):
@@ -106,7 +99,7 @@ class FoldedStem(nn.Module):
         x = _channels_last(x)
         for enter, blocks, mask in zip(self.enters, self.blocks, masks, strict=True):
             mask = mask.unsqueeze(2)
-            x = blocks.wide(functional.relu_(_convolved(enter, x)).mul_(mask), mask)
+            x = blocks(functional.relu_(_convolved(enter, x)).mul_(mask), mask)
         return x.squeeze(2)
 
 
@@ -117,10 +110,6 @@ class FoldedBlocks(nn.ModuleList):
         super().__init__(nn.ModuleList([_folded_conv(b.first), _folded_conv(b.second)]) for b in blocks)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """See `ResidualBlocks.forward`."""
-        return self.wide(_channels_last(x), mask.unsqueeze(2)).squeeze(2)
-
-    def wide(self, x: Tensor, mask: Tensor) -> Tensor:
         """x (b, channels, 1, t), mask (b, 1, 1, t)."""
         pairs: Any = self
         for first, second in pairs:
@@ -129,15 +118,38 @@ class FoldedBlocks(nn.ModuleList):
         return x
 
 
+class FoldedConv(nn.Module):
+    """A convolution of (b, channels, t), run like those of the stem."""
+
+    def __init__(self, conv: nn.Conv1d) -> None:
+        super().__init__()
+        self.around = conv.kernel_size[0] // 2 if conv.padding_mode == "circular" else 0
+        assert conv.bias is not None
+        self.conv = _wide(conv, conv.weight, conv.bias, 0 if self.around else conv.padding[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.around:
+            x = functional.pad(x, (self.around, self.around), mode="circular")
+        return _convolved(self.conv, _channels_last(x)).squeeze(2)
+
+
 def _channels_last(x: Tensor) -> Tensor:
     return x.unsqueeze(2).contiguous(memory_format=torch.channels_last)
 
 
 def _convolved(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """The convolution by oneDNN, which torch passes over for one small recording though it is faster there too."""
+    """The convolution of (b, channels, 1, t): for one recording a product with all windows side by side, which lie so
+    in memory; else by oneDNN, which torch passes over for few small recordings though it is faster there too."""
     if x.device.type != "cpu" or not torch.backends.mkldnn.is_available() or torch.compiler.is_exporting():
         return layer(x)
     padding: Any = layer.padding
+    if x.shape[0] == 1:
+        (_, _, _, kernel), stride, channels = layer.weight.shape, layer.stride[1], x.shape[1]
+        rows = functional.pad(x[0, :, 0].t(), (0, 0, padding[1], padding[1])).contiguous()
+        count = (rows.shape[0] - kernel) // stride + 1
+        windows = rows.as_strided((count, kernel * channels), (stride * channels, 1))
+        columns: Any = layer.columns
+        return functional.linear(windows, columns, layer.bias).t()[None, :, None]
     return torch.mkldnn_convolution(x, layer.weight, layer.bias, padding, layer.stride, layer.dilation, layer.groups)
 
 
@@ -147,11 +159,17 @@ def _folded_conv(layer: Any) -> nn.Conv2d:
     weight, bias = fuse_conv_bn_weights(
         conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     )
+    return _wide(conv, weight, bias, conv.padding[0])
+
+
+def _wide(conv: nn.Conv1d, weight: Tensor, bias: Tensor, padding: int | str) -> nn.Conv2d:
+    """The convolution of (b, channels, 1, t) with this weight (out, in, k) and bias."""
     wide = nn.Conv2d(
-        conv.in_channels, conv.out_channels, (1, conv.kernel_size[0]), (1, conv.stride[0]), (0, conv.padding[0])
+        conv.in_channels, conv.out_channels, (1, conv.kernel_size[0]), (1, conv.stride[0]), (0, int(padding))
     )
     wide.weight = nn.Parameter(weight.detach().unsqueeze(2).contiguous(memory_format=torch.channels_last))
     wide.bias = nn.Parameter(bias.detach())
+    wide.register_buffer("columns", weight.detach().transpose(1, 2).flatten(1).contiguous())  # (out, k * in)
     return wide
 
 
@@ -191,36 +209,84 @@ def _toeplitz(layer: StateSpace, length: int) -> Tensor:
     return layer.kernel(length).float()[:, lags] + torch.diag_embed(layer.skip[:, None].expand(-1, length))
 
 
-class FoldedMixtureLayer(nn.Module):
-    """`MixtureLayer` with one product for queries, keys and values, and one for all experts and the shared one."""
+class FoldedMixtureLayers(nn.Module):
+    """`MixtureLayers` of all paths at once, filled up to the same number of elements. Axes: p path."""
 
-    def __init__(self, layer: MixtureLayer) -> None:
+    def __init__(self, layers: Sequence[Any]) -> None:
         super().__init__()
-        self.norm1, self.norm2, self.router = layer.norm1, layer.norm2, layer.router
-        attention, experts, shared = layer.attention, layer.experts, layer.shared_expert
-        self.heads, self.out_proj = attention.heads, attention.out_proj
-        parts = (attention.q_proj, attention.k_proj, attention.v_proj)
-        weights: list[Tensor] = [part.weight for part in parts]
-        biases: list[Tensor] = [
-            torch.zeros_like(attention.q_proj.bias) if part.bias is None else part.bias for part in parts
-        ]
-        self.qkv = _linear(torch.cat(weights), torch.cat(biases))
-        gate_up = torch.cat([experts.gate_up_proj, shared.gate_up_proj.weight[None]])
-        down = torch.cat([experts.down_proj, shared.down_proj.weight[None]])
-        # Rows: the gates of all experts, then what they let through.
-        self.gate_up = nn.Parameter(gate_up.unflatten(1, (2, -1)).transpose(0, 1).flatten(0, 2).clone())
-        self.down = nn.Parameter(down.transpose(0, 1).flatten(1).clone())
+        self.depths: Any = nn.ModuleList(FoldedMixtureLayer(each) for each in zip(*layers, strict=True))
+
+    def forward(
+        self, layers: dict[str, nn.ModuleList], elements: dict[str, Elements]
+    ) -> tuple[dict[str, Tensor], dict[str, list[Routing]]]:
+        """See `MixtureLayers.forward`; `layers` are known from before."""
+        counts = {name: of.mask.shape[1] for name, of in elements.items()}
+        most = max(counts.values())
+        hidden = torch.stack(
+            [functional.pad(of.hidden, (0, 0, 0, most - of.mask.shape[1])) for of in elements.values()]
+        )
+        mask = torch.stack([functional.pad(of.mask, (0, most - of.mask.shape[1])) for of in elements.values()])
+        found: dict[str, list[Routing]] = {name: [] for name in elements}
+        for depth in self.depths:
+            hidden, routing = depth(hidden, mask)
+            for index, (name, count) in enumerate(counts.items()):
+                found[name].append(Routing(*(of[index, :, :count] for of in routing)))
+        return {name: hidden[index, :, :count] for index, (name, count) in enumerate(counts.items())}, found
+
+
+class FoldedMixtureLayer(nn.Module):
+    """One `MixtureLayer` of each path, with one product for queries, keys and values, and one for all experts and the
+    shared one. What normalisations scale and shift is part of the weights that follow them."""
+
+    def __init__(self, layers: Sequence[MixtureLayer]) -> None:
+        super().__init__()
+        self.heads, self.size = layers[0].attention.heads, layers[0].norm1.normalized_shape
+        self.top_k = layers[0].router.top_k
+        kept: dict[str, list[tuple[Tensor, Tensor]]] = {"qkv": [], "out": [], "router": [], "gate_up": [], "down": []}
+        for layer in layers:
+            attention, experts, shared = layer.attention, layer.experts, layer.shared_expert
+            parts = (attention.q_proj, attention.k_proj, attention.v_proj)
+            biases: list[Tensor] = [
+                torch.zeros_like(attention.q_proj.bias) if part.bias is None else part.bias for part in parts
+            ]
+            kept["qkv"].append(_after(layer.norm1, torch.cat([part.weight for part in parts]), torch.cat(biases)))
+            kept["out"].append((attention.out_proj.weight, attention.out_proj.bias))
+            kept["router"].append(_after(layer.norm2, layer.router.weight))
+            gate_up = torch.cat([experts.gate_up_proj, shared.gate_up_proj.weight[None]])
+            # Rows: the gates of all experts, then what they let through.
+            kept["gate_up"].append(_after(layer.norm2, gate_up.unflatten(1, (2, -1)).transpose(0, 1).flatten(0, 2)))
+            down = torch.cat([experts.down_proj, shared.down_proj.weight[None]])
+            kept["down"].append((down.transpose(0, 1).flatten(1), down.new_zeros(down.shape[1])))
+        for name, pairs in kept.items():
+            self.register_buffer(name, torch.stack([weight.t() for weight, _ in pairs]).detach().contiguous())
+            self.register_buffer(f"{name}_bias", torch.stack([bias[None] for _, bias in pairs]).detach())
 
     def forward(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, Routing]:
-        """See `MixtureLayer.forward`."""
-        query, key, value = self.qkv(self.norm1(hidden)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        unseen = ((mask.to(hidden.dtype) - 1.0) * 1e4)[:, None, None, :]
+        """hidden (p, b, n, d), mask (p, b, n). Returns states and routings with the same first axes."""
+        paths, batch, count = mask.shape
+        hidden = hidden.flatten(1, 2)
+        qkv = self._product("qkv", functional.layer_norm(hidden, self.size))
+        query, key, value = qkv.view(paths * batch, count, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        unseen = ((mask.to(hidden.dtype) - 1.0) * 1e4).flatten(0, 1)[:, None, None, :]
         mixed = functional.scaled_dot_product_attention(query, key, value, unseen)
-        hidden = hidden + self.out_proj(mixed.transpose(1, 2).flatten(-2))
-        normed = self.norm2(hidden)
-        routing = self.router(normed)
-        shares = torch.zeros_like(routing.logits).scatter(-1, routing.experts, routing.weights).to(hidden.dtype)
+        hidden = hidden + self._product("out", mixed.transpose(1, 2).reshape_as(hidden))
+        normed = functional.layer_norm(hidden, self.size)
+        logits = self._product("router", normed).float()
+        weights, experts = torch.softmax(logits, dim=-1).topk(self.top_k, dim=-1)
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+        shares = torch.zeros_like(logits).scatter(-1, experts, weights).to(hidden.dtype)
         shares = functional.pad(shares, (0, 1), value=1.0).unsqueeze(-1)
-        gate, through = functional.linear(normed, self.gate_up).chunk(2, dim=-1)
+        gate, through = self._product("gate_up", normed).chunk(2, dim=-1)
         inner = functional.silu(gate).mul_(through).unflatten(-1, (shares.shape[-2], -1)).mul_(shares)
-        return hidden + functional.linear(inner.flatten(-2), self.down), routing
+        hidden = hidden + self._product("down", inner.flatten(-2))
+        routing = Routing(*(of.unflatten(1, (batch, count)) for of in (logits, weights, experts)))
+        return hidden.unflatten(1, (batch, count)), routing
+
+    def _product(self, name: str, x: Tensor) -> Tensor:
+        return torch.baddbmm(getattr(self, f"{name}_bias"), x, getattr(self, name))
+
+
+def _after(norm: nn.LayerNorm, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Weight and bias that do to what is only normalised what these do after the norm's own scale and shift."""
+    shift = weight @ norm.bias
+    return weight * norm.weight, shift if bias is None else shift + bias

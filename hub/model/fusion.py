@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .configuration_ecgmoe import EcgMoeConfig
-from .temporal import Attention, DropPath, SelfAttention
+from .encoder import EcgMoeEncoderOutput
+from .temporal import STEM_FAMILIES, Attention, DropPath, SelfAttention, mean_and_max
 
 # The linear layers that a task's LoRA adapts, by the last part of their names.
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "up_proj", "down_proj", "pooled_proj")
@@ -34,7 +35,8 @@ class QueryPooling(nn.Module):
 
 class Fusion(nn.Module):
     """Level 1 pools tokens, beats and rhythm with learned queries; level 2 lets the pooled states speak to each other;
-    level 3 writes the record's embedding from them and from the mean and the extremes of the tokens."""
+    level 3 writes the record's embedding from them and, past all experts, from what the stem saw, as a plain residual
+    network would: what the paths learn can only add to that."""
 
     def __init__(self, config: EcgMoeConfig) -> None:
         super().__init__()
@@ -45,29 +47,23 @@ class Fusion(nn.Module):
         self.attention = SelfAttention(size, config.num_attention_heads)
         self.up_proj, self.down_proj = nn.Linear(size, config.fusion_size), nn.Linear(config.fusion_size, size)
         num_states = config.num_queries * (1 + len(config.paths)) + 1
-        self.out_proj = nn.Linear((num_states + 2) * size, config.record_size)
+        passing = 2 * (config.conv_channels[3] if STEM_FAMILIES & set(config.families) else size)
+        self.out_proj = nn.Linear(num_states * size + passing, config.record_size)
         self.norm = nn.LayerNorm(config.record_size)
         self.dropout = nn.Dropout(config.dropout)
         self.drop_memory = DropPath(config.memory_dropout)
 
-    def forward(self, memories: dict[str, tuple[Tensor, Tensor]]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Args: memories, name of a path to its states (b, n, d) and their mask (b, n). Returns the record's embedding
-        (b, record_size) and the attention on each path's elements."""
+    def forward(self, encoded: EcgMoeEncoderOutput) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the record's embedding (b, record_size) and the attention on each path's elements."""
+        memories = encoded.memories()
         states, weights = [], {}
         for name, pooling in self.pooling.items():
             pooled, weights[name] = pooling(*memories[name])
             states.append(self.drop_memory(pooled))
-        tokens, mask = memories["tokens"]
-        extent = mean_and_max(tokens, mask)
+        extent = mean_and_max(*memories["tokens"])
         states.append(self.pooled_proj(extent)[:, None])
         hidden = torch.cat(states, dim=1)
         hidden = hidden + self.dropout(self.attention(self.norm1(hidden), None))
         hidden = hidden + self.dropout(self.down_proj(functional.silu(self.up_proj(self.norm2(hidden)))))
-        return self.norm(self.out_proj(torch.cat([hidden.flatten(1), extent], dim=1))), weights
-
-
-def mean_and_max(tokens: Tensor, mask: Tensor) -> Tensor:
-    """(b, s, d) to (b, 2 d) over the real tokens."""
-    count = mask.sum(dim=1, keepdim=True).clamp(min=1)
-    mean = (tokens * mask[..., None]).sum(dim=1) / count
-    return torch.cat([mean, tokens.masked_fill(~mask[..., None], -1e4).amax(dim=1)], dim=-1)
+        passing = extent if encoded.pooled_waves is None else encoded.pooled_waves
+        return self.norm(self.out_proj(torch.cat([hidden.flatten(1), passing], dim=1))), weights

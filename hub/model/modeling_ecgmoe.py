@@ -1,12 +1,12 @@
 """ECG-MoE: temporal features, a dual-path mixture of experts that knows the heart's period, a hierarchical fusion.
 
     signal (b, 12, t)
-      -> TemporalFeatures            tokens (b, s, d), one every `token_stride` samples
+      -> TemporalFeatures            tokens (b, s, d), one every `token_stride` samples, and pooled waves (b, 2 c)
       -> MorphologyPath, RhythmPath  beats (b, 1 + n, d) and rhythm elements (b, m, d), through routed experts
       -> Fusion                      pooler_output (b, record_size); LoRA lives here alone
       -> heads["head_<task>"]        one linear layer for each task
 
-Axes: b record, l lead, t sample, s token, n beat, m rhythm element, d channel, e expert, k chosen expert.
+Axes: b record, l lead, t sample, s token, n beat, m rhythm element, c, d channel, e expert, k chosen expert.
 After Xu et al. 2026, arXiv 2603.04589, whose inner design is not public: the parts are theirs, their form is ours.
 """
 
@@ -202,7 +202,7 @@ class EcgMoeModel(EcgMoePreTrainedModel):
             if input_values is None:
                 raise ValueError("pass `input_values`, or an `encoder_output` computed before")
             encoder_output = self.encoder(input_values, lead_mask, sample_mask, r_peaks, rr_intervals_s, period_s)
-        embedding, attentions = self.fusion(encoder_output.memories())
+        embedding, attentions = self.fusion(encoder_output)
         return EcgMoeModelOutput(
             pooler_output=embedding,
             last_hidden_state=encoder_output.last_hidden_state,

@@ -120,12 +120,32 @@ def router_z_loss(logits: Tensor, mask: Tensor) -> Tensor:
     return (torch.logsumexp(logits, dim=-1) ** 2 * weight).sum() / weight.sum().clamp(min=1.0)
 
 
-class PathOutput(NamedTuple):
-    """States of a path (b, n, d), which of them are real (b, n), and the routing of each layer."""
+class Elements(NamedTuple):
+    """States of a path (b, n, d), and which of them are real (b, n)."""
 
     hidden: Tensor
     mask: Tensor
-    routings: list[Routing]
+
+
+class MixtureLayers(nn.Module):
+    """The mixture layers of all paths, each path for itself.
+
+    It holds no layers: they belong to their paths. `forward` returns each path's last states and the routing of each
+    of its layers.
+    """
+
+    def forward(
+        self, layers: dict[str, nn.ModuleList], elements: dict[str, Elements]
+    ) -> tuple[dict[str, Tensor], dict[str, list[Routing]]]:
+        states: dict[str, Tensor] = {}
+        routings: dict[str, list[Routing]] = {}
+        for name, (hidden, mask) in elements.items():
+            routings[name] = []
+            for layer in layers[name]:
+                hidden, routing = layer(hidden, mask)
+                routings[name].append(routing)
+            states[name] = hidden
+        return states, routings
 
 
 class MorphologyPath(nn.Module):
@@ -160,7 +180,7 @@ class MorphologyPath(nn.Module):
         r_peaks: Tensor,
         beat_mask: Tensor,
         clock_features: Tensor,
-    ) -> PathOutput:
+    ) -> Elements:
         """x (b, l, t); tokens (b, s, d), token_mask (b, s); r_peaks (b, n) in samples;
         beat_mask (b, n); clock_features (b, n, ...)."""
         windows = self._windows(x, r_peaks) * beat_mask[:, :, None, None]
@@ -173,8 +193,7 @@ class MorphologyPath(nn.Module):
             around = around + self.clock(clock_features)
         mean_around = (around * share[..., None]).sum(dim=1, keepdim=True) + self.mean_beat
         hidden = self.norm(hidden + torch.cat([mean_around, around], dim=1))
-        mask = functional.pad(beat_mask, (1, 0), value=True)
-        return _mix(self.layers, hidden, mask)
+        return Elements(hidden, functional.pad(beat_mask, (1, 0), value=True))
 
     def _windows(self, x: Tensor, r_peaks: Tensor) -> Tensor:
         """The signal around each R peak, (b, n, l, length), 0 beyond the ends."""
@@ -214,7 +233,7 @@ class RhythmPath(nn.Module):
 
     def forward(
         self, tokens: Tensor, token_mask: Tensor, r_peaks: Tensor, beat_mask: Tensor, rr_features: Tensor
-    ) -> PathOutput:
+    ) -> Elements:
         """tokens (b, s, d); r_peaks (b, n) in samples; rr_features (b, n, `RR_FEATURES`)."""
         coarse, coarse_mask = self._coarse(tokens, token_mask)
         seconds = torch.arange(coarse.shape[1], device=tokens.device) * (self.pool * self.stride / self.sampling_rate)
@@ -224,7 +243,7 @@ class RhythmPath(nn.Module):
             when = time_features(r_peaks / self.sampling_rate, self.size).to(tokens.dtype)
             intervals = self.intervals(rr_features) + self.kind[1] + when
             hidden, mask = torch.cat([hidden, intervals], dim=1), torch.cat([mask, beat_mask], dim=1)
-        return _mix(self.layers, self.norm(hidden), mask)
+        return Elements(self.norm(hidden), mask)
 
     def _coarse(self, tokens: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and maximum of the real tokens of each stretch, (b, stretches, 2 d), and which stretches have any."""
@@ -255,11 +274,3 @@ def rr_features(rr_intervals_s: Tensor, period_s: Tensor, beat_mask: Tensor) -> 
     change = (after - before) / mean * both
     features = torch.stack([before, after, 3 * ratio_before, 3 * ratio_after, 3 * change, both], dim=-1)
     return features.clamp(-6.0, 6.0) * beat_mask[..., None]
-
-
-def _mix(layers: nn.ModuleList, hidden: Tensor, mask: Tensor) -> PathOutput:
-    routings = []
-    for layer in layers:
-        hidden, routing = layer(hidden, mask)
-        routings.append(routing)
-    return PathOutput(hidden, mask, routings)

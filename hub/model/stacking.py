@@ -20,8 +20,10 @@ from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .fusion import Fusion, QueryPooling, mean_and_max
+from .encoder import EcgMoeEncoderOutput
+from .fusion import Fusion, QueryPooling
 from .tasks import Task
+from .temporal import mean_and_max
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _LORA = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
@@ -181,8 +183,9 @@ class StackedFusion(nn.Module):
         # Buffers are tensors; torch's own annotation says that they might be modules as well.
         def __getattr__(self, name: str) -> Any: ...
 
-    def forward(self, memories: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
+    def forward(self, encoded: EcgMoeEncoderOutput) -> Tensor:
         """See `Fusion.forward`."""
+        memories = encoded.memories()
         num_adapters, num_paths, num_queries, size = self.shape
         tokens, mask = memories["tokens"]
         batch = tokens.shape[0]
@@ -209,7 +212,8 @@ class StackedFusion(nn.Module):
         normed = functional.layer_norm(hidden, (size,), self.norm2_weight, self.norm2_bias)
         inner = functional.silu(self._adapted("up", normed))
         hidden = hidden + self._adapted("down", inner)
-        written = torch.cat([hidden.view(num_adapters, batch, -1), extent.expand(num_adapters, -1, -1)], dim=2)
+        passing = extent if encoded.pooled_waves is None else encoded.pooled_waves
+        written = torch.cat([hidden.view(num_adapters, batch, -1), passing.expand(num_adapters, -1, -1)], dim=2)
         out = self._adapted("out", written)
         return functional.layer_norm(out, out.shape[-1:], self.norm_weight, self.norm_bias)
 

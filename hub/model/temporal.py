@@ -4,14 +4,14 @@ Axes: b record, l lead, t sample, s token, n beat, p phase bin, d channel.
 
 | family | looks for | after |
 |---|---|---|
-| conv | local waves, by a residual network | He et al. 2016 |
+| conv | local waves, as the residual network sees them | He et al. 2016 |
 | ssm | long memory, by bidirectional diagonal state spaces | S4D, Gu et al. 2022 |
 | patch | relations between any two moments, by a transformer | PatchTST, Nie et al. 2023 |
 | trend | slow drift against fast residual | DLinear, Zeng et al. 2023 |
 | period | the record's mean heart cycle, and what departs from it | TimesNet's folding, Wu et al. 2023, on beats |
 
-The first three share a residual stem, which reads the waves once for all of them; the others read the signal itself.
-The configuration names those that a model has; by default all but patch.
+The first three share a residual network, the stem, which reads the waves once for all of them; the others read the
+signal itself. The configuration names those that a model has; by default all but patch.
 """
 
 import math
@@ -119,7 +119,7 @@ class ResidualBlocks(nn.ModuleList):
 
 
 class Stem(nn.Module):
-    """Four convolutions that halve the rate each, with residual blocks after the second and the third: (b, l, t) to
+    """Four convolutions that halve the rate each, with residual blocks after all but the first: (b, l, t) to
     (b, channels, t / 16)."""
 
     def __init__(self, config: EcgMoeConfig) -> None:
@@ -127,8 +127,7 @@ class Stem(nn.Module):
         widths, kernels = config.conv_channels, config.conv_kernels
         inputs = (len(config.leads), *widths[:3])
         self.enters = nn.ModuleList(ConvNorm(*size, stride=2) for size in zip(inputs, widths, kernels, strict=True))
-        blocks = (0, *config.conv_blocks[:2], 0)
-        sizes = zip(widths, kernels, blocks, strict=True)
+        sizes = zip(widths, kernels, (0, *config.conv_blocks), strict=True)
         self.blocks = nn.ModuleList(ResidualBlocks(*size, config.drop_path) for size in sizes)
 
     def forward(self, x: Tensor, masks: Sequence[Tensor | float] = (1.0, 1.0, 1.0, 1.0)) -> Tensor:
@@ -145,21 +144,22 @@ def stem_masks(token_mask: Tensor, dtype: torch.dtype) -> list[Tensor]:
     return [*(real.repeat_interleave(each, dim=2) for each in (8, 4, 2)), real]
 
 
-def last_blocks(config: EcgMoeConfig) -> ResidualBlocks:
-    """The residual blocks that follow the stem in a plain residual network."""
-    return ResidualBlocks(config.conv_channels[3], config.conv_kernels[3], config.conv_blocks[2], config.drop_path)
+def mean_and_max(states: Tensor, mask: Tensor) -> Tensor:
+    """(b, s, d) to (b, 2 d) over the states whose mask (b, s) is True."""
+    count = mask.sum(dim=1, keepdim=True).clamp(min=1)
+    mean = (states * mask[..., None]).sum(dim=1) / count
+    return torch.cat([mean, states.masked_fill(~mask[..., None], -1e4).amax(dim=1)], dim=-1)
 
 
 class ConvFamily(nn.Module):
-    """More of the stem's residual network: (b, channels, s) to (b, s, d)."""
+    """What the stem sees, moment by moment: (b, s, channels) to (b, s, d)."""
 
     def __init__(self, config: EcgMoeConfig) -> None:
         super().__init__()
-        self.blocks = last_blocks(config)
         self.project = nn.Linear(config.conv_channels[3], config.hidden_size)
 
-    def forward(self, x: Tensor, token_mask: Tensor) -> Tensor:
-        return self.project(self.blocks(x, token_mask[:, None, :].to(x.dtype)).transpose(1, 2))
+    def forward(self, waves: Tensor, token_mask: Tensor) -> Tensor:
+        return self.project(waves)
 
 
 class StateSpace(nn.Module):
@@ -213,7 +213,7 @@ class StateSpace(nn.Module):
 
 
 class SsmFamily(nn.Module):
-    """State-space layers on what the stem sees: (b, channels, s) to (b, s, d)."""
+    """State-space layers on what the stem sees: (b, s, channels) to (b, s, d)."""
 
     def __init__(self, config: EcgMoeConfig) -> None:
         super().__init__()
@@ -223,8 +223,8 @@ class SsmFamily(nn.Module):
         )
         self.project = nn.Linear(config.ssm_channels, config.hidden_size)
 
-    def forward(self, x: Tensor, token_mask: Tensor) -> Tensor:
-        hidden = self.embed(x.transpose(1, 2))
+    def forward(self, waves: Tensor, token_mask: Tensor) -> Tensor:
+        hidden = self.embed(waves)
         for layer in self.layers:
             hidden = layer(hidden, token_mask[:, None, :].float())
         return self.project(hidden)
@@ -292,7 +292,7 @@ class PatchLayer(nn.Module):
 
 
 class PatchFamily(nn.Module):
-    """A transformer on what the stem sees: (b, channels, s) to (b, s, d)."""
+    """A transformer on what the stem sees: (b, s, channels) to (b, s, d)."""
 
     def __init__(self, config: EcgMoeConfig) -> None:
         super().__init__()
@@ -302,10 +302,9 @@ class PatchFamily(nn.Module):
         self.layers = nn.ModuleList(PatchLayer(size, config.num_attention_heads) for _ in range(config.patch_layers))
         self.project = nn.Linear(size, config.hidden_size)
 
-    def forward(self, x: Tensor, token_mask: Tensor) -> Tensor:
-        num_tokens = token_mask.shape[1]
-        hidden = self.embed(x.transpose(1, 2))
-        seconds = torch.arange(num_tokens, device=x.device) * self.token_s
+    def forward(self, waves: Tensor, token_mask: Tensor) -> Tensor:
+        hidden = self.embed(waves)
+        seconds = torch.arange(token_mask.shape[1], device=waves.device) * self.token_s
         hidden = hidden + time_features(seconds, hidden.shape[-1]).to(hidden.dtype)
         for layer in self.layers:
             hidden = layer(hidden, token_mask)
@@ -369,7 +368,8 @@ class TemporalFeatures(nn.Module):
     """All families, and a gate for each that opens and closes with the token.
 
     The gates do not compete: in a softmax over the families the shallow ones, which learn first, starve the deep ones.
-    `forward` returns tokens (b, s, d) and each family's share of the gates (b, s, families).
+    `forward` returns tokens (b, s, d), each family's share of the gates (b, s, families), and the mean and the highest
+    of what the stem sees (b, 2 channels), None for a model without a stem.
     """
 
     def __init__(self, config: EcgMoeConfig) -> None:
@@ -392,9 +392,10 @@ class TemporalFeatures(nn.Module):
 
     def forward(
         self, x: Tensor, token_mask: Tensor, sample_mask: Tensor, clock: CardiacClock, clock_features: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         more = {"period": (clock, sample_mask)}
-        waves = x if self.stem is None else self.stem(x, stem_masks(token_mask, x.dtype))
+        waves = x if self.stem is None else self.stem(x, stem_masks(token_mask, x.dtype)).transpose(1, 2)
+        pooled_waves = None if self.stem is None else mean_and_max(waves, token_mask)
         read = {name: waves if name in STEM_FAMILIES else x for name in self.families}
         seen = [
             self.norms[name](family(read[name], token_mask, *more.get(name, ())))
@@ -408,4 +409,4 @@ class TemporalFeatures(nn.Module):
         tokens = tokens / len(seen)
         if self.clock is not None:
             tokens = tokens + self.clock(clock_features)
-        return self.dropout(self.norm(tokens)), gates / gates.sum(dim=-1, keepdim=True)
+        return self.dropout(self.norm(tokens)), gates / gates.sum(dim=-1, keepdim=True), pooled_waves
