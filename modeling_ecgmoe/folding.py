@@ -210,7 +210,7 @@ def _toeplitz(layer: StateSpace, length: int) -> Tensor:
 
 
 class FoldedMixtureLayers(nn.Module):
-    """`MixtureLayers` of all paths at once, filled up to the same number of elements. Axes: p path."""
+    """`MixtureLayers`, for one recording all paths at once, filled up to the same number of elements. Axes: p path."""
 
     def __init__(self, layers: Sequence[Any]) -> None:
         super().__init__()
@@ -220,18 +220,20 @@ class FoldedMixtureLayers(nn.Module):
         self, layers: dict[str, nn.ModuleList], elements: dict[str, Elements]
     ) -> tuple[dict[str, Tensor], dict[str, list[Routing]]]:
         """See `MixtureLayers.forward`; `layers` are known from before."""
+        states: dict[str, Tensor] = {}
+        routings: dict[str, list[Routing]] = {name: [] for name in elements}
         counts = {name: of.mask.shape[1] for name, of in elements.items()}
-        most = max(counts.values())
-        hidden = torch.stack(
-            [functional.pad(of.hidden, (0, 0, 0, most - of.mask.shape[1])) for of in elements.values()]
-        )
-        mask = torch.stack([functional.pad(of.mask, (0, most - of.mask.shape[1])) for of in elements.values()])
-        found: dict[str, list[Routing]] = {name: [] for name in elements}
-        for depth in self.depths:
-            hidden, routing = depth(hidden, mask)
-            for index, (name, count) in enumerate(counts.items()):
-                found[name].append(Routing(*(of[index, :, :count] for of in routing)))
-        return {name: hidden[index, :, :count] for index, (name, count) in enumerate(counts.items())}, found
+        few = next(iter(elements.values())).mask.shape[0] == 1 and not torch.compiler.is_exporting()
+        for index, names in enumerate([list(elements)] if few else [[name] for name in elements]):
+            most = max(counts[name] for name in names)
+            hidden = torch.stack([functional.pad(elements[n].hidden, (0, 0, 0, most - counts[n])) for n in names])
+            mask = torch.stack([functional.pad(elements[n].mask, (0, most - counts[n])) for n in names])
+            for depth in self.depths:
+                hidden, routing = depth(hidden, mask, slice(index, index + len(names)))
+                for at, name in enumerate(names):
+                    routings[name].append(Routing(*(of[at, :, : counts[name]] for of in routing)))
+            states |= {name: hidden[at, :, : counts[name]] for at, name in enumerate(names)}
+        return states, routings
 
 
 class FoldedMixtureLayer(nn.Module):
@@ -261,29 +263,30 @@ class FoldedMixtureLayer(nn.Module):
             self.register_buffer(name, torch.stack([weight.t() for weight, _ in pairs]).detach().contiguous())
             self.register_buffer(f"{name}_bias", torch.stack([bias[None] for _, bias in pairs]).detach())
 
-    def forward(self, hidden: Tensor, mask: Tensor) -> tuple[Tensor, Routing]:
-        """hidden (p, b, n, d), mask (p, b, n). Returns states and routings with the same first axes."""
+    def forward(self, hidden: Tensor, mask: Tensor, which: slice) -> tuple[Tensor, Routing]:
+        """hidden (p, b, n, d), mask (p, b, n), of these of the paths. Returns states and routings with the same first
+        axes."""
         paths, batch, count = mask.shape
         hidden = hidden.flatten(1, 2)
-        qkv = self._product("qkv", functional.layer_norm(hidden, self.size))
+        qkv = self._product("qkv", which, functional.layer_norm(hidden, self.size))
         query, key, value = qkv.view(paths * batch, count, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         unseen = ((mask.to(hidden.dtype) - 1.0) * 1e4).flatten(0, 1)[:, None, None, :]
         mixed = functional.scaled_dot_product_attention(query, key, value, unseen)
-        hidden = hidden + self._product("out", mixed.transpose(1, 2).reshape_as(hidden))
+        hidden = hidden + self._product("out", which, mixed.transpose(1, 2).reshape_as(hidden))
         normed = functional.layer_norm(hidden, self.size)
-        logits = self._product("router", normed).float()
+        logits = self._product("router", which, normed).float()
         weights, experts = torch.softmax(logits, dim=-1).topk(self.top_k, dim=-1)
         weights = weights / weights.sum(dim=-1, keepdim=True)
         shares = torch.zeros_like(logits).scatter(-1, experts, weights).to(hidden.dtype)
         shares = functional.pad(shares, (0, 1), value=1.0).unsqueeze(-1)
-        gate, through = self._product("gate_up", normed).chunk(2, dim=-1)
+        gate, through = self._product("gate_up", which, normed).chunk(2, dim=-1)
         inner = functional.silu(gate).mul_(through).unflatten(-1, (shares.shape[-2], -1)).mul_(shares)
-        hidden = hidden + self._product("down", inner.flatten(-2))
+        hidden = hidden + self._product("down", which, inner.flatten(-2))
         routing = Routing(*(of.unflatten(1, (batch, count)) for of in (logits, weights, experts)))
         return hidden.unflatten(1, (batch, count)), routing
 
-    def _product(self, name: str, x: Tensor) -> Tensor:
-        return torch.baddbmm(getattr(self, f"{name}_bias"), x, getattr(self, name))
+    def _product(self, name: str, which: slice, x: Tensor) -> Tensor:
+        return torch.baddbmm(getattr(self, f"{name}_bias")[which], x, getattr(self, name)[which])
 
 
 def _after(norm: nn.LayerNorm, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
