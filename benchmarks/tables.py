@@ -121,7 +121,7 @@ def _column(name: str, values: Sequence[Any]) -> list[str]:
     title = name.replace("_", " ")
     measured = [value for value in values if _is_metric(value)]
     metrics = {value["metric"] for value in measured}
-    if len(metrics) != 1:
+    if len(metrics) != 1 or len({value.get("unit") for value in measured}) != 1:
         names = [f"{find_metric(value['metric']).title} " if _is_metric(value) else "" for value in values]
         return [title, *(metric + _cell(value, with_unit=True) for metric, value in zip(names, values, strict=True))]
     metric = find_metric(metrics.pop())

@@ -70,6 +70,16 @@ def test_a_column_of_several_metrics_names_them_in_its_cells() -> None:
     assert sex[1] == "macro AUROC 0.900 [0.400, 1.400]"
 
 
+def test_a_column_of_one_metric_in_several_units_names_them_in_its_cells() -> None:
+    rows = [
+        {"asked": "weight", "error": measured("mae", 9.0, unit="kg")},
+        {"asked": "height", "error": measured("mae", 7.0, unit="cm")},
+    ]
+    title, _, weight, height = cells(tables.render_table(results(*rows)))
+    assert title == ["asked", "error"]
+    assert (weight[1].split()[-1], height[1].split()[-1]) == ("kg", "cm")
+
+
 def test_what_a_row_does_not_have_is_a_dash() -> None:
     _, _, _, constant = cells(
         tables.render_table(results({"model": "a", "speed": 1.5}, {"model": "b", "speed": None}))
