@@ -11,7 +11,7 @@ Axes: b record, l lead, t sample, s token, n beat, p phase bin, d channel.
 | period | the record's mean heart cycle, and what departs from it | TimesNet's folding, Wu et al. 2023, on beats |
 
 The first three share a residual network, the stem, which reads the waves once for all of them; the others read the
-signal itself. The configuration names those that a model has; by default all but patch.
+signal itself. The configuration names those that a model has; by default conv, ssm and period.
 """
 
 import math
