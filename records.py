@@ -278,7 +278,8 @@ def disturb(
 ) -> dict[str, Tensor]:
     """Other gains, missing leads, noise, baseline wander, and beats that the detector misses or misplaces.
 
-    `noise` and `lead_dropout` are the shares of the records that get noise and wander, and that lose leads."""
+    `noise` and `lead_dropout` are the shares of the records that get noise and wander, and that lose leads. Records
+    that keep one lead get noise `HAND_HELD_NOISE` times as often."""
     values = signal["input_values"]
     batch, leads, samples = values.shape
     device = values.device
