@@ -302,7 +302,7 @@ def cnn_answers(
             cnn.train()
             # The training of the published CNN: stretches of 5.12 s, every eighth step whole recordings.
             signal = batch["signal"] if step % 8 == 0 else crop(batch["signal"], length, sampling_rate)
-            output = cnn(**disturb(signal, sampling_rate, noise=0.2, lead_dropout=0.15), labels=batch["labels"])
+            output = cnn(**disturb(signal, sampling_rate, noise=0.1, lead_dropout=0.25), labels=batch["labels"])
             output.loss.backward()
             nn.utils.clip_grad_norm_(cnn.parameters(), 2.0)
             optimizer.step()

@@ -235,14 +235,15 @@ class RhythmPath(nn.Module):
         self, tokens: Tensor, token_mask: Tensor, r_peaks: Tensor, beat_mask: Tensor, rr_features: Tensor
     ) -> Elements:
         """tokens (b, s, d); r_peaks (b, n) in samples; rr_features (b, n, `RR_FEATURES`)."""
-        coarse, coarse_mask = self._coarse(tokens, token_mask)
-        seconds = torch.arange(coarse.shape[1], device=tokens.device) * (self.pool * self.stride / self.sampling_rate)
-        hidden = self.coarse(coarse) + self.kind[0] + time_features(seconds, self.size).to(tokens.dtype)
-        mask = coarse_mask
+        coarse, mask = self._coarse(tokens, token_mask)
+        hidden = self.coarse(coarse) + self.kind[0]
+        at_s = torch.arange(coarse.shape[1], device=tokens.device) * (self.pool * self.stride / self.sampling_rate)
+        at_s = at_s.expand(coarse.shape[0], -1)
         if self.period_aware:
-            when = time_features(r_peaks / self.sampling_rate, self.size).to(tokens.dtype)
-            intervals = self.intervals(rr_features) + self.kind[1] + when
+            intervals = self.intervals(rr_features) + self.kind[1]
             hidden, mask = torch.cat([hidden, intervals], dim=1), torch.cat([mask, beat_mask], dim=1)
+            at_s = torch.cat([at_s, r_peaks / self.sampling_rate], dim=1)
+        hidden = hidden + time_features(at_s, self.size).to(hidden.dtype)
         return Elements(self.norm(hidden), mask)
 
     def _coarse(self, tokens: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from .configuration_ecgmoe import EcgMoeConfig
 from .encoder import EcgMoeEncoder
 from .fusion import Fusion
 from .routing import Elements, MixtureLayer, Routing
-from .temporal import PeriodFamily, ResidualBlocks, SsmFamily, StateSpace, Stem
+from .temporal import PeriodFamily, ResidualBlocks, SsmFamily, StateSpace, Stem, stem_masks
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -93,14 +93,26 @@ class FoldedStem(nn.Module):
         blocks: Any = stem.blocks
         self.enters: Any = nn.ModuleList(_folded_conv(enter) for enter in stem.enters)
         self.blocks: Any = nn.ModuleList(map(FoldedBlocks, blocks))
+        self.room = max(int(conv.padding[1]) for conv in self.modules() if isinstance(conv, nn.Conv2d))
 
-    def forward(self, x: Tensor, masks: Sequence[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, token_mask: Tensor) -> Tensor:
         """See `Stem.forward`."""
+        if _is_one_on_cpu(x):
+            return self._one(x[0].t(), token_mask[0])
         x = _channels_last(x)
-        for enter, blocks, mask in zip(self.enters, self.blocks, masks, strict=True):
+        for enter, blocks, mask in zip(self.enters, self.blocks, stem_masks(token_mask, x.dtype), strict=True):
             mask = mask.unsqueeze(2)
             x = blocks(functional.relu_(_convolved(enter, x)).mul_(mask), mask)
         return x.squeeze(2)
+
+    def _one(self, rows: Tensor, token_mask: Tensor) -> Tensor:
+        """One recording (t, leads) and its mask (s,) to (1, channels, s)."""
+        whole, room = bool(token_mask.all()), self.room
+        x = _with_room(rows, room)
+        for enter, blocks, steps in zip(self.enters, self.blocks, (8, 4, 2, 1), strict=True):
+            padding = None if whole else ~token_mask.repeat_interleave(steps)[:, None]
+            x = blocks.one(_rectified(_slid(enter, x, room), padding, room), padding, room)
+        return _inside(x, room).t()[None]
 
 
 class FoldedBlocks(nn.ModuleList):
@@ -117,6 +129,14 @@ class FoldedBlocks(nn.ModuleList):
             x = functional.relu_(_convolved(second, inner).add_(x)).mul_(mask)
         return x
 
+    def one(self, x: Tensor, padding: Tensor | None, room: int) -> Tensor:
+        """The same for one recording, x (room + t + room, channels) and padding (t, 1), None for none."""
+        pairs: Any = self
+        for first, second in pairs:
+            inner = _rectified(_slid(first, x, room), padding, room)
+            x = _rectified(_slid(second, inner, room).add_(x), padding, room)
+        return x
+
 
 class FoldedConv(nn.Module):
     """A convolution of (b, channels, t), run like those of the stem."""
@@ -130,6 +150,9 @@ class FoldedConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.around:
             x = functional.pad(x, (self.around, self.around), mode="circular")
+        if _is_one_on_cpu(x):
+            room: Any = self.conv.padding[1]
+            return _inside(_slid(self.conv, _with_room(x[0].t(), room), room), room).t()[None]
         return _convolved(self.conv, _channels_last(x)).squeeze(2)
 
 
@@ -137,19 +160,49 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.unsqueeze(2).contiguous(memory_format=torch.channels_last)
 
 
+def _is_one_on_cpu(x: Tensor) -> bool:
+    """Whether a convolution is faster as a product with all its windows side by side, which lie so in memory."""
+    return x.shape[0] == 1 and x.device.type == "cpu" and not torch.compiler.is_exporting()
+
+
+def _with_room(rows: Tensor, room: int) -> Tensor:
+    """One recording (t, channels) with so many rows of zeros at both ends, where convolutions find their padding."""
+    x = rows.new_zeros(rows.shape[0] + 2 * room, rows.shape[1])
+    _inside(x, room).copy_(rows)
+    return x
+
+
+def _inside(x: Tensor, room: int) -> Tensor:
+    return x[room : x.shape[0] - room]
+
+
+def _slid(layer: nn.Conv2d, x: Tensor, room: int) -> Tensor:
+    """The convolution of one recording (room + t + room, channels), with the same room around what it gives."""
+    (_, _, _, kernel), stride, channels = layer.weight.shape, layer.stride[1], x.shape[1]
+    padding: Any = layer.padding[1]
+    first = room - padding
+    count = (x.shape[0] - 2 * first - kernel) // stride + 1
+    windows = x.as_strided((count, kernel * channels), (stride * channels, 1), first * channels)
+    bias, columns = layer.bias, layer.columns
+    out = x.new_zeros(count + 2 * room, layer.out_channels)
+    torch.addmm(bias, windows, columns, out=_inside(out, room))  # type: ignore[arg-type]
+    return out
+
+
+def _rectified(x: Tensor, padding: Tensor | None, room: int) -> Tensor:
+    """In place; 0 where padding (t, 1) is True."""
+    functional.relu_(x)
+    if padding is not None:
+        _inside(x, room).masked_fill_(padding, 0.0)
+    return x
+
+
 def _convolved(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """The convolution of (b, channels, 1, t): for one recording a product with all windows side by side, which lie so
-    in memory; else by oneDNN, which torch passes over for few small recordings though it is faster there too."""
+    """The convolution of (b, channels, 1, t), on processors by oneDNN: torch passes it over for few small recordings,
+    though it is faster there too."""
     if x.device.type != "cpu" or not torch.backends.mkldnn.is_available() or torch.compiler.is_exporting():
         return layer(x)
     padding: Any = layer.padding
-    if x.shape[0] == 1:
-        (_, _, _, kernel), stride, channels = layer.weight.shape, layer.stride[1], x.shape[1]
-        rows = functional.pad(x[0, :, 0].t(), (0, 0, padding[1], padding[1])).contiguous()
-        count = (rows.shape[0] - kernel) // stride + 1
-        windows = rows.as_strided((count, kernel * channels), (stride * channels, 1))
-        columns: Any = layer.columns
-        return functional.linear(windows, columns, layer.bias).t()[None, :, None]
     return torch.mkldnn_convolution(x, layer.weight, layer.bias, padding, layer.stride, layer.dilation, layer.groups)
 
 
@@ -169,7 +222,7 @@ def _wide(conv: nn.Conv1d, weight: Tensor, bias: Tensor, padding: int | str) -> 
     )
     wide.weight = nn.Parameter(weight.detach().unsqueeze(2).contiguous(memory_format=torch.channels_last))
     wide.bias = nn.Parameter(bias.detach())
-    wide.register_buffer("columns", weight.detach().transpose(1, 2).flatten(1).contiguous())  # (out, k * in)
+    wide.register_buffer("columns", weight.detach().transpose(1, 2).flatten(1).contiguous().t())  # (k * in, out)
     return wide
 
 

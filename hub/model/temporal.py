@@ -15,7 +15,6 @@ signal itself. The configuration names those that a model has; by default conv, 
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -130,18 +129,19 @@ class Stem(nn.Module):
         sizes = zip(widths, kernels, (0, *config.conv_blocks), strict=True)
         self.blocks = nn.ModuleList(ResidualBlocks(*size, config.drop_path) for size in sizes)
 
-    def forward(self, x: Tensor, masks: Sequence[Tensor | float] = (1.0, 1.0, 1.0, 1.0)) -> Tensor:
-        """masks: at each of the four rates (b, 1, steps), 0 on padding, since what normalisation writes there must not
-        reach the signal through the next convolution."""
+    def forward(self, x: Tensor, token_mask: Tensor | None = None) -> Tensor:
+        """token_mask: (b, s), False on padding: what normalisation writes there must not reach the signal through the
+        next convolution."""
+        masks = (1.0,) * 4 if token_mask is None else stem_masks(token_mask, x.dtype)
         for enter, blocks, mask in zip(self.enters, self.blocks, masks, strict=True):
             x = blocks(enter(x) * mask, mask)
         return x
 
 
-def stem_masks(token_mask: Tensor, dtype: torch.dtype) -> list[Tensor]:
+def stem_masks(token_mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """Which steps are real at the stem's four rates, (b, 1, steps) for each."""
     real = token_mask[:, None, :].to(dtype)
-    return [*(real.repeat_interleave(each, dim=2) for each in (8, 4, 2)), real]
+    return *(real.repeat_interleave(each, dim=2) for each in (8, 4, 2)), real
 
 
 def mean_and_max(states: Tensor, mask: Tensor) -> Tensor:
@@ -394,7 +394,7 @@ class TemporalFeatures(nn.Module):
         self, x: Tensor, token_mask: Tensor, sample_mask: Tensor, clock: CardiacClock, clock_features: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         more = {"period": (clock, sample_mask)}
-        waves = x if self.stem is None else self.stem(x, stem_masks(token_mask, x.dtype)).transpose(1, 2)
+        waves = x if self.stem is None else self.stem(x, token_mask).transpose(1, 2)
         pooled_waves = None if self.stem is None else mean_and_max(waves, token_mask)
         read = {name: waves if name in STEM_FAMILIES else x for name in self.families}
         seen = [
