@@ -2,7 +2,7 @@
 
     python -m benchmarks.seeds --data_dir ptb-xl --models runs/base/model runs/seed1/model runs/seed2/model
 
-A run's recipe is read from the `training.json` beside its weights.
+Runs are of ECG-MoE or of the plain CNN. Their recipe is read from the `training.json` beside the weights.
 """
 
 import json
@@ -15,13 +15,13 @@ import torch
 from transformers import HfArgumentParser
 
 from benchmarks.quality import origin
+from benchmarks.soft_labels import load_model
 from evaluation import point_metric, predict_logits
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
-from modeling_ecgmoe.modeling_ecgmoe import EcgMoeForTasks
 from modeling_ecgmoe.tasks import TASKS
 from records import DataArguments, Records, load_split
 
-NOT_THE_RECIPE = ("seed", "output_dir", "resume")
+NOT_THE_RECIPE = ("seed", "output_dir", "resume", "evaluate_every")
 
 
 @dataclass
@@ -59,7 +59,7 @@ def main() -> None:
     folders = [Path(folder) for folder in arguments.models]
     seeds, recipe = read_recipes(folders)
     extractor = EcgMoeFeatureExtractor.from_pretrained(folders[0])
-    models = [EcgMoeForTasks.from_pretrained(folder, dtype=torch.float32) for folder in folders]
+    models = [load_model(folder) for folder in folders]
     tasks = list(models[0].tasks.values())
     records = Records(load_split(data, arguments.split), extractor, tasks, data.num_proc)
     values: dict[str, list[float]] = {}

@@ -2,13 +2,17 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_model import save_tiny_model
 
 from benchmarks import seeds
+from benchmarks.plain_cnn import PlainCnn
 from benchmarks.tables import render_table
+from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 
 
 def run_of(folder: Path, **recipe: object) -> Path:
@@ -17,8 +21,19 @@ def run_of(folder: Path, **recipe: object) -> Path:
     return model
 
 
-def test_runs_of_one_recipe_are_compared(mini_ptb_xl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = [str(run_of(tmp_path / str(seed), seed=seed)) for seed in (0, 1)]
+def plain_run_of(folder: Path, **recipe: object) -> Path:
+    torch.manual_seed(0)
+    PlainCnn().save_pretrained(folder)
+    EcgMoeFeatureExtractor().save_pretrained(folder)
+    (folder / "training.json").write_text(json.dumps({"epochs": 3, "output_dir": str(folder), **recipe}))
+    return folder
+
+
+@pytest.mark.parametrize("run", [run_of, plain_run_of])
+def test_runs_of_one_recipe_are_compared(
+    run: Callable[..., Path], mini_ptb_xl: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [str(run(tmp_path / str(seed), seed=seed, evaluate_every=5 * (1 + seed))) for seed in (0, 1)]
     out = tmp_path / "seeds.json"
     data = ["--data_dir", str(mini_ptb_xl), "--num_proc", "1"]
     monkeypatch.setattr(sys, "argv", ["seeds", *data, "--models", *runs, "--out", str(out)])
