@@ -30,7 +30,7 @@ from records import DataArguments, Records, load_split
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = ("arrhythmia", "statements", "superclass", "age", "sex", "rr_interval")
 GROUPS = {"diagnostic": DIAGNOSTIC_STATEMENTS, "form": FORM_STATEMENTS}
-COMMAND = "python -m benchmarks.quality --data_dir ptb-xl --cnn runs/plain_cnn/model"
+COMMAND = "python -m benchmarks.quality --data_dir ptb-xl --cnn"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "scikit-learn", "sleepecg", "neurokit2")
 
 
@@ -101,9 +101,16 @@ def demographic_answers(train: Records, records: Records) -> dict[str, np.ndarra
     return answers
 
 
-def epochs_of(folder: Path) -> int:
-    """How often a model saw the training split; adapters come on top."""
-    return int(json.loads((folder / "training.json").read_text())["epochs"])
+def training_of(folder: Path) -> dict[str, Any]:
+    """The arguments a model was trained with; its `epochs` are those without adapters."""
+    training: dict[str, Any] = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    return training
+
+
+def name_of_cnn(training: dict[str, Any]) -> str:
+    """What sets a plain CNN apart from the others."""
+    soft, seed = training.get("soft_labels"), training["seed"]
+    return "plain CNN" + (", soft labels too" if soft else "") + (f", seed {seed}" if seed else "")
 
 
 def main() -> None:
@@ -121,15 +128,16 @@ def main() -> None:
 
     size = sum(p.numel() for p in many.model.parameters())
     adapted = size + sum(many.adapter_size(name) for name in many.cards)
-    epochs = epochs_of(Path(arguments.model))
+    epochs = training_of(Path(arguments.model))["epochs"]
     rows: list[tuple[str, int | None, int | None, dict[str, np.ndarray]]] = [
         ("ECG-MoE, adapters", adapted, epochs, of_logits(predict_adapters(many, records))),
         ("ECG-MoE, joint heads", size, epochs, of_logits(predict_logits(many.model, records, cpu))),
     ]
     for folder in arguments.cnn:
         cnn = PlainCnn.from_pretrained(folder)
-        count = sum(p.numel() for p in cnn.parameters())
-        rows.append(("plain CNN", count, epochs_of(Path(folder)), of_logits(predict_logits(cnn, records, cpu))))
+        count, training = sum(p.numel() for p in cnn.parameters()), training_of(Path(folder))
+        answers = of_logits(predict_logits(cnn, records, cpu))
+        rows.append((name_of_cnn(training), count, training["epochs"], answers))
     detector = {"rr_interval": records.signal["period_s"].numpy()[:, None] * 1000.0}
     rows.append(("R-peak detector alone", None, None, detector))
     rows.append(("age and sex alone", None, None, demographic_answers(train, records)))
@@ -146,7 +154,7 @@ def main() -> None:
     fold = {"validation": "fold 9", "test": "fold 10"}[arguments.split]
     result = {
         "name": arguments.out.stem,
-        "command": f"{COMMAND} --split {arguments.split}",
+        "command": f"{COMMAND} {' '.join(arguments.cnn)} --split {arguments.split}",
         "seed": 0,
         **origin(),
         "data": {"set": f"PTB-XL 1.0.3, 100 Hz, {fold}", "records": len(records)},
