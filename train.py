@@ -5,8 +5,8 @@
     accelerate launch train.py adapt --task low_ef --csv labels.csv --model hub/model --output_dir hub/adapters
     python train.py evaluate --model hub/model --data_dir ptb-xl --out benchmarks/results/quality_fold9.json
 
-One JSON file may replace the arguments: `train.py pretrain benchmarks/configs/pretrain.json`. The resolved arguments
-are saved beside the weights.
+A JSON file may hold arguments; those after it count: `train.py pretrain benchmarks/configs/pretrain.json --seed 1`.
+The resolved arguments are saved beside the weights.
 """
 
 import dataclasses
@@ -268,16 +268,25 @@ def main(argv: list[str]) -> None:
         "evaluate": (evaluate, (DataArguments, EvaluateArguments)),
     }
     if not argv or argv[0] not in commands:
-        raise SystemExit(f"usage: train.py {{{','.join(commands)}}} [--help | CONFIG.json | arguments]")
+        raise SystemExit(f"usage: train.py {{{','.join(commands)}}} [--help | CONFIG.json] [arguments]")
     run, kinds = commands[argv[0]]
     run(*parse_arguments(kinds, argv[1:]))
 
 
 def parse_arguments(kinds: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
-    """The argument dataclasses from the words of a command line, or from the one JSON file that it names."""
+    """The argument dataclasses from the words of a command line, the first of which may be a JSON file with others.
+
+    Raises:
+        ValueError: the file holds an argument that there is not.
+    """
     parser = HfArgumentParser(kinds)
-    if len(argv) == 1 and argv[0].endswith(".json"):
-        return parser.parse_json_file(argv[0])
+    if argv and argv[0].endswith(".json"):
+        values = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
+        known = [field.name for kind in kinds for field in dataclasses.fields(kind)]
+        if unknown := sorted(set(values) - set(known)):
+            raise ValueError(f"{argv[0]} holds {', '.join(unknown)}; the arguments are {', '.join(known)}")
+        parser.set_defaults(**values)
+        argv = argv[1:]
     return parser.parse_args_into_dataclasses(argv)
 
 

@@ -262,7 +262,21 @@ def test_two_processes_train_together(settings: dict[str, Any], workplace: Path)
     assert all(torch.isfinite(p).all() for p in EcgMoeForTasks.from_pretrained(folder / "model").parameters())
 
 
+def test_arguments_after_a_file_change_those_in_it(tmp_path: Path) -> None:
+    (tmp_path / "how.json").write_text(json.dumps({"data_dir": "ptb-xl", "epochs": 3, "seed": 0, "noise": 0.1}))
+    kinds = (DataArguments, train.TrainingArguments)
+    data, how = train.parse_arguments(kinds, [str(tmp_path / "how.json"), "--seed", "2", "--output_dir", "runs/2"])
+    assert (data.data_dir, how.epochs, how.noise, how.seed, how.output_dir) == ("ptb-xl", 3, 0.1, 2, "runs/2")
+    assert how.learning_rate == train.TrainingArguments().learning_rate
+
+
 # What is refused
+
+
+def test_a_file_with_an_unknown_argument_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "how.json").write_text('{"epoch": 3}')
+    with pytest.raises(ValueError, match=r"how\.json holds epoch; the arguments are .*epochs"):
+        train.main(["pretrain", str(tmp_path / "how.json")])
 
 
 @pytest.mark.parametrize("argv", [[], ["fit"], ["--help"]])
