@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.rnn import pad_sequence
 
 from .configuration_ecgmoe import EcgMoeConfig
 from .encoder import EcgMoeEncoder
@@ -278,13 +279,15 @@ class FoldedMixtureLayers(nn.Module):
         counts = {name: of.mask.shape[1] for name, of in elements.items()}
         few = next(iter(elements.values())).mask.shape[0] == 1 and not torch.compiler.is_exporting()
         for index, names in enumerate([list(elements)] if few else [[name] for name in elements]):
-            most = max(counts[name] for name in names)
-            hidden = torch.stack([functional.pad(elements[n].hidden, (0, 0, 0, most - counts[n])) for n in names])
-            mask = torch.stack([functional.pad(elements[n].mask, (0, most - counts[n])) for n in names])
+            of = [elements[name] for name in names]
+            if few:
+                hidden, mask = (pad_sequence([e[at][0] for e in of], batch_first=True)[:, None] for at in (0, 1))
+            else:
+                hidden, mask = of[0].hidden[None], of[0].mask[None]
             for depth in self.depths:
                 hidden, routing = depth(hidden, mask, slice(index, index + len(names)))
                 for at, name in enumerate(names):
-                    routings[name].append(Routing(*(of[at, :, : counts[name]] for of in routing)))
+                    routings[name].append(Routing(*(each[at, :, : counts[name]] for each in routing)))
             states |= {name: hidden[at, :, : counts[name]] for at, name in enumerate(names)}
         return states, routings
 

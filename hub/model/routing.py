@@ -183,16 +183,16 @@ class MorphologyPath(nn.Module):
     ) -> Elements:
         """x (b, l, t); tokens (b, s, d), token_mask (b, s); r_peaks (b, n) in samples;
         beat_mask (b, n); clock_features (b, n, ...)."""
-        windows = self._windows(x, r_peaks) * beat_mask[:, :, None, None]
-        share = beat_mask.to(x.dtype) / beat_mask.sum(dim=1, keepdim=True).clamp(min=1)
-        mean_window = (windows * share[:, :, None, None]).sum(dim=1, keepdim=True)
-        windows = torch.cat([mean_window, windows - mean_window * beat_mask[:, :, None, None]], dim=1)
-        hidden = self.window(windows.flatten(2))
+        windows = self._windows(x, r_peaks).flatten(2)
+        share = (beat_mask / beat_mask.sum(dim=1, keepdim=True).clamp(min=1)).to(x.dtype)[:, None]
+        mean_window = torch.matmul(share, windows)
+        departures = (windows - mean_window) * beat_mask[..., None]
         around = self.token_project(self._tokens_at(tokens, token_mask, r_peaks))
         if self.clock is not None:
             around = around + self.clock(clock_features)
-        mean_around = (around * share[..., None]).sum(dim=1, keepdim=True) + self.mean_beat
-        hidden = self.norm(hidden + torch.cat([mean_around, around], dim=1))
+        mean_around = torch.matmul(share, around) + self.mean_beat
+        shapes = self.window(torch.cat([mean_window, departures], dim=1))
+        hidden = self.norm(shapes + torch.cat([mean_around, around], dim=1))
         return Elements(hidden, functional.pad(beat_mask, (1, 0), value=True))
 
     def _windows(self, x: Tensor, r_peaks: Tensor) -> Tensor:
@@ -248,9 +248,9 @@ class RhythmPath(nn.Module):
 
     def _coarse(self, tokens: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and maximum of the real tokens of each stretch, (b, stretches, 2 d), and which stretches have any."""
-        extra = -tokens.shape[1] % self.pool
-        tokens = functional.pad(tokens, (0, 0, 0, extra)).unflatten(1, (-1, self.pool))
-        mask = functional.pad(token_mask, (0, extra), value=False).unflatten(1, (-1, self.pool))
+        if extra := -tokens.shape[1] % self.pool:
+            tokens, token_mask = functional.pad(tokens, (0, 0, 0, extra)), functional.pad(token_mask, (0, extra))
+        tokens, mask = tokens.unflatten(1, (-1, self.pool)), token_mask.unflatten(1, (-1, self.pool))
         seen = mask.any(dim=2)
         count = mask.sum(dim=2).clamp(min=1)[..., None]
         mean = (tokens * mask[..., None]).sum(dim=2) / count

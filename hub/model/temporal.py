@@ -146,8 +146,8 @@ def stem_masks(token_mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 def mean_and_max(states: Tensor, mask: Tensor) -> Tensor:
     """(b, s, d) to (b, 2 d) over the states whose mask (b, s) is True."""
-    count = mask.sum(dim=1, keepdim=True).clamp(min=1)
-    mean = (states * mask[..., None]).sum(dim=1) / count
+    share = (mask / mask.sum(dim=1, keepdim=True).clamp(min=1)).to(states.dtype)
+    mean = torch.matmul(share[:, None], states)[:, 0]
     return torch.cat([mean, states.masked_fill(~mask[..., None], -1e4).amax(dim=1)], dim=-1)
 
 
@@ -402,11 +402,10 @@ class TemporalFeatures(nn.Module):
             for name, family in self.families.items()
         ]
         scores = torch.stack([torch.matmul(of, weight) for of, weight in zip(seen, self.gate_weight, strict=True)], -1)
-        gates = 2.0 * torch.sigmoid(scores + self.gate_bias)
+        gates = (2.0 / len(seen)) * torch.sigmoid(scores + self.gate_bias)
         tokens = seen[0] * gates[..., :1]
         for index in range(1, len(seen)):
             tokens = torch.addcmul(tokens, seen[index], gates[..., index : index + 1])
-        tokens = tokens / len(seen)
         if self.clock is not None:
             tokens = tokens + self.clock(clock_features)
         return self.dropout(self.norm(tokens)), gates / gates.sum(dim=-1, keepdim=True), pooled_waves
