@@ -2,7 +2,7 @@
 
     python -m benchmarks.plain_cnn benchmarks/configs/plain_cnn.json
 
-Same recordings and training loop as ECG-MoE, ten epochs more, no soft labels; it sees the signal, no beats.
+Same recordings and training loop as ECG-MoE, ten epochs fewer, no soft labels; it sees the signal, no beats.
 """
 
 import logging
