@@ -267,11 +267,11 @@ def rr_features(rr_intervals_s: Tensor, period_s: Tensor, beat_mask: Tensor) -> 
     The interval before and after in seconds, both against the record's mean, their difference, and whether both are
     known.
     """
-    before = rr_intervals_s
-    after = functional.pad(before, (0, 1))[:, 1:] * beat_mask
-    mean = period_s[:, None].clamp(min=0.05)
-    ratio_before, ratio_after = ((rr / mean - 1.0) * (rr > 0) for rr in (before, after))
-    both = ((before > 0) & (after > 0)).to(before.dtype)
-    change = (after - before) / mean * both
-    features = torch.stack([before, after, 3 * ratio_before, 3 * ratio_after, 3 * change, both], dim=-1)
+    after = functional.pad(rr_intervals_s, (0, 1))[:, 1:] * beat_mask
+    intervals = torch.stack([rr_intervals_s, after], dim=-1)
+    mean, known = period_s[:, None, None].clamp(min=0.05), intervals > 0
+    ratios = (intervals / mean - 1.0) * known
+    both = known.all(dim=-1, keepdim=True).to(intervals.dtype)
+    change = torch.diff(intervals) / mean * both
+    features = torch.cat([intervals, 3 * ratios, 3 * change, both], dim=-1)
     return features.clamp(-6.0, 6.0) * beat_mask[..., None]

@@ -149,11 +149,13 @@ class FoldedConv(nn.Module):
         self.conv = _wide(conv, conv.weight, conv.bias, 0 if self.around else conv.padding[0])
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.around:
-            x = functional.pad(x, (self.around, self.around), mode="circular")
+        around, room = self.around, int(self.conv.padding[1])
         if _is_one_on_cpu(x):
-            room: Any = self.conv.padding[1]
-            return _inside(_slid(self.conv, _with_room(x[0].t(), room), room), room).t()[None]
+            rows = x[0].t()
+            rows = torch.cat([rows[-around:], rows, rows[:around]]) if around else _with_room(rows, room)
+            return _inside(_slid(self.conv, rows, room), room).t()[None]
+        if around:
+            x = functional.pad(x, (around, around), mode="circular")
         return _convolved(self.conv, _channels_last(x)).squeeze(2)
 
 
@@ -331,8 +333,8 @@ class FoldedMixtureLayer(nn.Module):
         hidden = hidden + self._product("out", which, mixed.transpose(1, 2).reshape_as(hidden))
         normed = functional.layer_norm(hidden, self.size)
         logits = self._product("router", which, normed).float()
-        weights, experts = torch.softmax(logits, dim=-1).topk(self.top_k, dim=-1)
-        weights = weights / weights.sum(dim=-1, keepdim=True)
+        highest, experts = logits.topk(self.top_k, dim=-1)
+        weights = torch.softmax(highest, dim=-1)  # what the router's are, divided by their sum
         shares = torch.zeros_like(logits).scatter(-1, experts, weights).to(hidden.dtype)
         shares = functional.pad(shares, (0, 1), value=1.0).unsqueeze(-1)
         gate, through = self._product("gate_up", which, normed).chunk(2, dim=-1)

@@ -192,19 +192,19 @@ class StateSpace(nn.Module):
         return torch.cat([past, future.flip(-1)], dim=-1)
 
     def spectrum(self, length: int) -> Tensor:
-        """The kernel's Fourier transform, (d, length + 1)."""
-        return torch.fft.rfft(self.kernel(length).float())
+        """The kernel's Fourier transform, (d, length + 1), with what goes past it, the same at every frequency."""
+        return torch.fft.rfft(self.kernel(length).float()) + self.skip[:, None]
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x (b, s, d); mask (b, 1, s), 0 on padding."""
         return self.mixed(x, self.convolved(x, mask, self.spectrum(x.shape[1])))
 
     def convolved(self, x: Tensor, mask: Tensor, spectrum: Tensor) -> Tensor:
-        """The sequence through the kernel of this spectrum, and beside it: (b, s, d)."""
+        """The sequence through the kernel of this spectrum, (b, s, d)."""
         length = x.shape[1]
         u = self.norm(x).transpose(1, 2).float() * mask
-        y = torch.fft.irfft(torch.fft.rfft(u, n=2 * length) * spectrum, n=2 * length)[..., :length]
-        return (y + self.skip[:, None] * u).transpose(1, 2)
+        y = torch.fft.irfft(torch.fft.rfft(u, n=2 * length) * spectrum, n=2 * length)
+        return y[..., :length].transpose(1, 2)
 
     def mixed(self, x: Tensor, y: Tensor) -> Tensor:
         """The residual that y (b, s, d), mixed over its channels and gated, makes with x."""
