@@ -179,7 +179,8 @@ def test_adapters_change_nothing_in_each_others_answers(
     together, alone = many.logits(windows), MultiTask.from_pretrained(hub / "model", [])
     for name in TINY_TASKS:
         alone.load(hub / "adapters" / name)
-        np.testing.assert_allclose(alone.logits(windows)[name], together[name], atol=1e-6)
+        # Products of another size round differently; 1e-5 is what one pass promises.
+        np.testing.assert_allclose(alone.logits(windows)[name], together[name], atol=1e-5)
         alone.unload(name)
     assert alone.logits(windows) == {}
 
