@@ -30,7 +30,7 @@ from records import DataArguments, Records, load_split
 ROOT = Path(__file__).resolve().parents[1]
 SHOWN = ("arrhythmia", "statements", "superclass", "age", "sex", "rr_interval")
 GROUPS = {"diagnostic": DIAGNOSTIC_STATEMENTS, "form": FORM_STATEMENTS}
-COMMAND = "python -m benchmarks.quality --data_dir ptb-xl --cnn"
+COMMAND = "python -m benchmarks.quality --data_dir ptb-xl"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "scikit-learn", "sleepecg", "neurokit2")
 
 
@@ -152,9 +152,10 @@ def main() -> None:
         for name, count, seen, answers in rows
     ]
     fold = {"validation": "fold 9", "test": "fold 10"}[arguments.split]
+    cnns = f" --cnn {' '.join(arguments.cnn)}" if arguments.cnn else ""
     result = {
         "name": arguments.out.stem,
-        "command": f"{COMMAND} {' '.join(arguments.cnn)} --split {arguments.split}",
+        "command": f"{COMMAND}{cnns} --split {arguments.split}",
         "seed": 0,
         **origin(),
         "data": {"set": f"PTB-XL 1.0.3, 100 Hz, {fold}", "records": len(records)},
