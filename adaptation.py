@@ -7,7 +7,6 @@ import dataclasses
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
@@ -23,15 +22,17 @@ from checkpoints import save_arguments, write_log
 from data_builders.csv_table import read_table
 from data_builders.label_column import find_kind, infer_task
 from evaluation import point_metric, predict_logits
+from head_start import start_linearly
 from modeling_ecgmoe.adapter_card import AdapterCard, calibrate, calibrate_intervals
 from modeling_ecgmoe.adapters import fingerprint
+from modeling_ecgmoe.beats import mean_rr_error_ms
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.leads import NUM_LIMB_LEADS, find_lead
 from modeling_ecgmoe.lora import lora_model, save_adapter
 from modeling_ecgmoe.metrics import MetricResult, bootstrap_interval, find_metric
-from modeling_ecgmoe.modeling_ecgmoe import EcgMoeForTasks
+from modeling_ecgmoe.modeling_ecgmoe import EcgMoeForTasks, task_loss
 from modeling_ecgmoe.tasks import TASKS, Task, find_task
-from records import DataArguments, EncodedRecords, Records, as_is, disturb, load_split
+from records import DataArguments, EncodedRecords, Records, as_is, disturb, load_split, mean_of_windows
 
 logger = logging.getLogger("train")
 
@@ -110,7 +111,7 @@ def adapt(data: DataArguments, arguments: AdaptArguments) -> dict[str, MetricRes
         fresh = EcgMoeForTasks.from_pretrained(arguments.model, dtype=torch.float32)
         if task.name not in fresh.tasks or not fresh.tasks[task.name].reads_like(task):
             fresh.add_task(task)
-            start_at_base_rates(fresh, {task.name: train.labels[task.name]})
+            start_linearly(fresh.to(accelerator.device), task, train, arguments.seed)
         wrapped = lora_model(
             fresh, task, arguments.lora_rank, arguments.lora_alpha, arguments.lora_dropout, arguments.lora_scope
         )
@@ -120,7 +121,8 @@ def adapt(data: DataArguments, arguments: AdaptArguments) -> dict[str, MetricRes
             trained_on = arguments.trained_on or describe_data(task, data, records)
             card = AdapterCard(task, fingerprint(model), arguments.evidence, trained_on, level=arguments.level)
             patients = records["validation"].patient_ids
-            results[task.name] = calibrate_on(wrapped, card, validation, patients, accelerator.device)
+            errors = {count: prior_errors_of(seen_with) for count, seen_with in seen.items()}
+            results[task.name] = calibrate_on(wrapped, card, validation, errors, patients, accelerator.device)
             folder = Path(arguments.output_dir) / task.name
             save_adapter(wrapped, card, folder)
             # A task of the user's own is a file on this machine; its name is enough, the card holds the rest.
@@ -213,20 +215,6 @@ def with_leads(rows: datasets.Dataset, leads: tuple[str, ...]) -> datasets.Datas
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-@torch.no_grad()
-def start_at_base_rates(model: Any, labels: dict[str, Tensor]) -> None:
-    """Set the biases of classification heads to the log-odds of their labels, which no step must then learn.
-
-    Args:
-        labels: task to (records, outputs), NaN where unknown; of classes it is their log-frequency.
-    """
-    for name, values in labels.items():
-        task = model.tasks.get(name)
-        if task is not None and task.kind != "regression":
-            share = values.nanmean(dim=0).clamp(1e-4, 1 - 1e-4)
-            model.heads[f"head_{name}"].bias.copy_(share.log() if task.kind == "multi_class" else torch.logit(share))
-
-
 def fit_adapter(
     model: PeftModel,
     task: Task,
@@ -235,8 +223,8 @@ def fit_adapter(
     arguments: AdaptArguments,
     accelerator: Accelerator,
 ) -> None:
-    """Train LoRA and head of one task in place, and keep the best epoch on validation; none may be the best. The
-    backbone stays as it is, its batch statistics too."""
+    """Train LoRA and head of one task in place, and keep the epoch of the best metric on validation, of equals that of
+    the lowest loss; none may be the best. The backbone stays as it is, its batch statistics too."""
     loader = DataLoader(
         train, arguments.batch_size, shuffle=True, drop_last=len(train) > arguments.batch_size, collate_fn=as_is
     )
@@ -248,16 +236,16 @@ def fit_adapter(
     bar = tqdm(total=total, desc=task.name, disable=not accelerator.is_main_process, mininterval=10.0)
     targets = validation.labels[task.name].numpy()
 
-    def measure() -> tuple[float, dict[str, Tensor]]:
-        value = point_metric(
-            task, targets, predict_logits(model, validation, accelerator.device, [task.name])[task.name]
-        )
+    def measure() -> tuple[tuple[float, float], dict[str, Tensor]]:
+        logits = predict_logits(model, validation, accelerator.device, [task.name])[task.name]
+        loss = task_loss(task, torch.from_numpy(logits), torch.from_numpy(targets))
+        value = sign * point_metric(task, targets, logits), -float(loss)
         return value, {name: p.detach().clone() for name, p in trained.items()}
 
     rate = accelerator.unwrap_model(prepared).base_model.model.config.sampling_rate
     step, sign = 0, 1.0 if find_metric(task.metric).higher_is_better else -1.0
     best = measure()
-    course = [best[0]]
+    course = [sign * best[0][0]]
     while step < total:
         for batch in loader:
             prepared.train()
@@ -275,8 +263,8 @@ def fit_adapter(
             if step >= total:
                 break
         now = measure()
-        course.append(now[0])
-        if not sign * best[0] > sign * now[0]:
+        course.append(sign * now[0][0])
+        if not best[0] > now[0]:
             best = now
     with torch.no_grad():
         for name, p in trained.items():
@@ -285,10 +273,17 @@ def fit_adapter(
     accelerator.free_memory()
 
 
+def prior_errors_of(records: Records) -> np.ndarray:
+    """(records,) the error in ms to expect of each one's mean RR interval, the mean of its windows."""
+    errors_ms = [[mean_rr_error_ms(intervals)] for intervals in records.signal["rr_intervals_s"].numpy()]
+    return mean_of_windows(torch.tensor(errors_ms), records.record_of)[:, 0].numpy()
+
+
 def calibrate_on(
     model: PeftModel,
     card: AdapterCard,
     validation: dict[int, Records | EncodedRecords],
+    prior_errors: dict[int, np.ndarray],
     patients: list[str],
     device: torch.device,
 ) -> MetricResult:
@@ -296,6 +291,7 @@ def calibrate_on(
 
     Args:
         validation: number of leads to the records as seen with so many; the most are all that they have.
+        prior_errors: number of leads to what `prior_errors_of` says of these records.
         patients: of each record, for the interval of the metric.
     """
     task, most = card.task, max(validation)
@@ -303,14 +299,15 @@ def calibrate_on(
         logits = predict_logits(model, records, device, [task.name])[task.name]
         targets = records.labels[task.name].numpy()
         if count == most:
-            calibrate(card, logits, targets, count)
-            answers = task.answers(logits / card.temperature)
+            calibrate(card, logits, targets, count, prior_errors[count])
+            answers = card.probabilities(logits) if task.labels else task.answers(logits)
             results = {name: bootstrap_interval(name, targets, answers, groups=patients) for name in task.metrics}
         elif task.kind == "regression":
             known = np.isfinite(targets)
             if not known.any():
                 continue
-            calibrate_intervals(card, task.answers(logits)[known], targets[known], count)
+            errors = prior_errors[count][known[:, 0]]
+            calibrate_intervals(card, task.answers(logits)[known], targets[known], count, errors)
     for name, result in results.items():
         prefix = "" if name == task.metric else f"{name}_"
         card.metrics |= {

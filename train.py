@@ -28,9 +28,10 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from adaptation import AdaptArguments, adapt, start_at_base_rates
+from adaptation import AdaptArguments, adapt
 from checkpoints import resume_checkpoint, save_arguments, save_checkpoint, write_log
 from evaluation import EvaluateArguments, evaluate, evaluate_quickly
+from head_start import start_at_base_rates
 from modeling_ecgmoe.configuration_ecgmoe import EcgMoeConfig
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeEncoderOutput, EcgMoeForTasks

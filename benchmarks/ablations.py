@@ -33,10 +33,11 @@ from peft import PeftModel
 from safetensors.numpy import load_file, save_file
 from sklearn.model_selection import GroupShuffleSplit
 
-from adaptation import AdaptArguments, fit_adapter, start_at_base_rates
+from adaptation import AdaptArguments, fit_adapter
 from benchmarks.few_labels import part_of, short
 from benchmarks.quality import origin
 from evaluation import predict_logits
+from head_start import start_at_base_rates
 from modeling_ecgmoe.configuration_ecgmoe import EcgMoeConfig
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.lora import lora_model

@@ -8,9 +8,8 @@ coverage by points, so coverage is the mean over ten such splits.
 
 Calibration errors are over 15 bins of equal mass; `details` has those over bins of equal width too. The calibration
 error of a finite sample is not zero even where every probability is right: `by_chance` is its mean over labels drawn
-from the probabilities themselves. A scale and a shift of each label (Platt 2000) in the place of the temperature, and
-half-widths by groups of true values in the place of one, are measured beside what the adapters do, whether they do it
-or not.
+from the probabilities themselves. Beside what the adapters do, one temperature without shifts and one half-width for
+all records are measured.
 """
 
 import json
@@ -20,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.linear_model import LogisticRegression
 from transformers import HfArgumentParser
 
+from adaptation import prior_errors_of
 from benchmarks.quality import origin
 from evaluation import predict_adapters
-from modeling_ecgmoe.adapter_card import AdapterCard, calibrate, fit_groups
+from modeling_ecgmoe.adapter_card import AdapterCard, calibrate
 from modeling_ecgmoe.adapters import MultiTask
 from modeling_ecgmoe.metrics import bootstrap_interval
 from modeling_ecgmoe.tasks import TASKS
@@ -57,15 +56,18 @@ def first_half(patients: Sequence[str], seed: int) -> np.ndarray:
     return drawn[whose]
 
 
-def calibrations(card: AdapterCard, logits: np.ndarray, targets: np.ndarray, half: np.ndarray) -> list[AdapterCard]:
+def calibrations(
+    card: AdapterCard,
+    logits: np.ndarray,
+    targets: np.ndarray,
+    half: np.ndarray,
+    prior_errors: np.ndarray | None = None,
+) -> list[AdapterCard]:
     """The calibration of the first half and that of the other, each with nothing of what `card` was fitted on."""
     fitted = []
     for part in (half, ~half):
         fresh = AdapterCard(card.task, card.base, level=card.level)
-        calibrate(fresh, logits[part], targets[part], ALL_LEADS)
-        if card.task.kind == "regression":
-            known = part & np.isfinite(targets[:, 0])
-            fit_groups(fresh, card.task.answers(logits)[known, 0], targets[known, 0], ALL_LEADS)
+        calibrate(fresh, logits[part], targets[part], ALL_LEADS, None if prior_errors is None else prior_errors[part])
         fitted.append(fresh)
     return fitted
 
@@ -80,18 +82,6 @@ def crossed(pair: Sequence[np.ndarray], half: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------- probabilities
 
 
-def platt(logits: np.ndarray, targets: np.ndarray, part: np.ndarray) -> np.ndarray:
-    """Probabilities (records, labels) with a scale and a shift of each label that were fitted on a part of the
-    records; NaN for a label that has one class there."""
-    told = np.full(logits.shape, np.nan)
-    for column in range(logits.shape[1]):
-        known = part & np.isfinite(targets[:, column])
-        if 0 < targets[known, column].sum() < known.sum():
-            fitted = LogisticRegression(C=1.0).fit(logits[known, column : column + 1], targets[known, column])
-            told[:, column] = fitted.predict_proba(logits[:, column : column + 1])[:, 1]
-    return told
-
-
 def measure_probabilities(
     card: AdapterCard,
     logits: np.ndarray,
@@ -99,14 +89,14 @@ def measure_probabilities(
     patients: Sequence[str],
     arguments: CalibrationArguments,
 ) -> list[dict[str, Any]]:
-    """Calibration errors of each label with enough positive records: without a calibration, by temperature, and with a
-    scale and a shift of each label."""
+    """Calibration errors of each label with enough positive records: without a calibration, with its temperature
+    alone, and with the shifts of its labels."""
     half = first_half(patients, arguments.seed)
     fitted = calibrations(card, logits, targets, half)
     told = {
         "uncalibrated": card.task.answers(logits),
         "temperature": crossed([card.task.answers(logits / each.temperature) for each in fitted], half),
-        "scale and shift": crossed([platt(logits, targets, half), platt(logits, targets, ~half)], half),
+        "temperature and shifts": crossed([each.probabilities(logits) for each in fitted], half),
     }
     rng = np.random.default_rng(arguments.seed)
     rows = []
@@ -123,7 +113,7 @@ def measure_probabilities(
                 ).to_dict()
                 for name, p in told.items()
             }
-            found[metric]["by chance"] = by_chance(metric, told["temperature"][:, column], rng)
+            found[metric]["by chance"] = by_chance(metric, told["temperature and shifts"][:, column], rng)
         rows.append(
             {"answer": card.task.labels[-1] if card.task.kind == "binary" else card.task.labels[column]}
             | {"positives": positives, "equal_mass": found["ece_equal_mass"], "equal_width": found["ece"]}
@@ -156,20 +146,22 @@ def measure_intervals(
     card: AdapterCard,
     logits: np.ndarray,
     targets: np.ndarray,
+    prior_errors: np.ndarray,
     groups: dict[str, np.ndarray],
     patients: Sequence[str],
     arguments: CalibrationArguments,
 ) -> list[dict[str, Any]]:
-    """How often the intervals hold the truth, overall and in groups of records, with one width for all and with
-    one for each group of true values; and how wide they are."""
+    """How often the intervals hold the truth, overall and in groups of records, with one width for all and as the
+    adapters do, with one for each group of true values or a multiple of what each record's error may be; and how wide
+    they are."""
     values, truth = card.task.answers(logits)[:, 0], targets[:, 0]
-    inside, width = ({name: np.zeros(len(truth)) for name in ("one width", "by groups")} for _ in range(2))
+    inside, width = ({name: np.zeros(len(truth)) for name in ("one width", "adapter")} for _ in range(2))
     for seed in range(arguments.seed, arguments.seed + arguments.splits):
         half = first_half(patients, seed)
-        fitted = calibrations(card, logits, targets, half)
-        alone = [replace(each, group_half_widths={}) for each in fitted]
-        for name, cards in (("one width", alone), ("by groups", fitted)):
-            low, high = crossed([each.intervals(values, ALL_LEADS) for each in cards], half).T
+        fitted = calibrations(card, logits, targets, half, prior_errors)
+        alone = [replace(each, group_half_widths={}) for each in calibrations(card, logits, targets, half)]
+        for name, cards in (("one width", alone), ("adapter", fitted)):
+            low, high = crossed([each.intervals(values, ALL_LEADS, prior_errors) for each in cards], half).T
             inside[name] += ((low <= truth) & (truth <= high)) / arguments.splits
             width[name] += (high - low) / arguments.splits
     rows = []
@@ -215,21 +207,21 @@ def table(labels: list[dict[str, Any]], intervals: list[dict[str, Any]]) -> list
             "answer": row["answer"],
             "uncalibrated": row["equal_mass"]["uncalibrated"],
             "one temperature or width": row["equal_mass"]["temperature"],
-            "by label or group": row["equal_mass"]["scale and shift"],
+            "as the adapters do": row["equal_mass"]["temperature and shifts"],
             "by chance, if right": f"{row['equal_mass']['by chance']:.3f}",
         }
         for row in labels
     ]
     for name in dict.fromkeys(row["answer"] for row in intervals):
         overall, *groups = (row for row in intervals if row["answer"] == name)
-        worst = [min(groups, key=lambda row: row[how]["value"])["group"] for how in ("one width", "by groups")]
+        worst = [min(groups, key=lambda row: row[how]["value"])["group"] for how in ("one width", "adapter")]
         shown = [overall, *(row for row in groups if row["group"] in worst)]
         rows += [
             {
                 "answer": f"90 % interval of {name}, {row['group']}",
                 "uncalibrated": None,
                 "one temperature or width": row["one width"],
-                "by label or group": row["by groups"],
+                "as the adapters do": row["adapter"],
                 "by chance, if right": None,
             }
             for row in shown
@@ -245,6 +237,7 @@ def main() -> None:
     records = Records(rows, many.extractor, [TASKS[name] for name in (*CLASSES, *REGRESSIONS)], data.num_proc)
     logits = predict_adapters(many, records)
     targets = {name: values.numpy() for name, values in records.labels.items()}
+    errors = prior_errors_of(records)
     groups = groups_of(targets["age"][:, 0], targets["sex"][:, 0])
     labels = [
         row
@@ -255,7 +248,7 @@ def main() -> None:
         row
         for name in REGRESSIONS
         for row in measure_intervals(
-            many.cards[name], logits[name], targets[name], groups, records.patient_ids, arguments
+            many.cards[name], logits[name], targets[name], errors, groups, records.patient_ids, arguments
         )
     ]
     fold = {"validation": "fold 9", "test": "fold 10"}[arguments.split]

@@ -8,8 +8,9 @@ repeats the statement PACE, and the infarction stage repeats ABQRS and QWAVE, wh
 `few_labels_seen.json` has tasks of the pretraining with a share of their labels. There the model has seen all labels
 of these very records before, so it shows how many labels an adapter needs and is no fair comparison with the CNN.
 
-All three learners get the same records. A fifth of them is set aside to choose the best of the epochs, or the strength
-of the probe's penalty; adapter and CNN train for the same number of steps. Fold 9 is looked at once, at the end.
+All three learners get the same records. A fifth of them is set aside to choose the best of the epochs; the probe's
+penalty is chosen within the others. Adapter and CNN train for the same number of steps. Fold 9 is looked at once, at
+the end.
 """
 
 import copy
@@ -26,17 +27,16 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GroupKFold
-from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser
 
-from adaptation import AdaptArguments, fit_adapter, start_at_base_rates
+from adaptation import AdaptArguments, fit_adapter
 from benchmarks.plain_cnn import PlainCnn
 from benchmarks.quality import origin
 from evaluation import point_metric, predict_logits
+from head_start import fit_linear_head, start_at_base_rates, start_linearly
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.lora import lora_model
 from modeling_ecgmoe.metrics import bootstrap_difference, bootstrap_interval, find_metric
@@ -223,7 +223,7 @@ def adapter_answers(model: EcgMoeForTasks, task: Task, few: Few, arguments: FewL
     set_seed(few.seed)
     fresh = copy.deepcopy(model)
     fresh.add_task(task)
-    start_at_base_rates(fresh, {task.name: few.fit.records.labels[task.name]})
+    start_linearly(fresh, task, few.fit.encoded, few.seed)
     how = AdaptArguments(
         batch_size=arguments.batch_size, learning_rate=1e-3, max_steps=arguments.steps(len(few.fit.records.record_ids))
     )
@@ -232,42 +232,10 @@ def adapter_answers(model: EcgMoeForTasks, task: Task, few: Few, arguments: FewL
     return task.answers(predict_logits(wrapped, few.test.encoded, CPU, [task.name])[task.name])
 
 
-PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # scikit-learn's C, and 1 / alpha
-
-
 def probe_answers(task: Task, few: Few) -> np.ndarray:
-    """A linear model on the embedding, its penalty chosen on the inner records; answers of the test records."""
-    scaler = StandardScaler().fit(few.fit.embedding)
-    inputs, inner, test = (scaler.transform(material.embedding) for material in few[:3])
-    targets, inner_targets = (m.records.labels[task.name].numpy() for m in (few.fit, few.inner))
-    sign = 1.0 if find_metric(task.metric).higher_is_better else -1.0
-    values = [
-        point_metric(task, inner_targets, linear_logits(task, strength, inputs, targets, inner))
-        for strength in PENALTIES
-    ]
-    best = PENALTIES[np.nanargmax(sign * np.array(values)) if np.isfinite(values).any() else len(PENALTIES) // 2]
-    return task.answers(linear_logits(task, best, inputs, targets, test))
-
-
-def linear_logits(
-    task: Task, strength: float, inputs: np.ndarray, targets: np.ndarray, asked: np.ndarray
-) -> np.ndarray:
-    """Fit ridge or logistic regressions; returns what a head would give for `asked`, (records, outputs)."""
-    if task.kind == "regression":
-        known = np.isfinite(targets[:, 0])
-        standard = (targets[known, 0] - task.center) / task.spread
-        return Ridge(alpha=1.0 / strength).fit(inputs[known], standard).predict(asked)[:, None]
-    classifier = LogisticRegression(C=strength, max_iter=1000)
-    if task.kind == "multi_class":
-        return classifier.fit(inputs, targets.argmax(axis=1)).decision_function(asked)
-    columns = []
-    for target in targets.T:
-        known = np.isfinite(target)
-        if len(np.unique(target[known])) < 2:
-            columns.append(np.zeros(len(asked)))  # nothing to tell apart
-            continue
-        columns.append(classifier.fit(inputs[known], target[known]).decision_function(asked))
-    return np.stack(columns, axis=1)
+    """The best linear model on the embedding, where adapters start; answers of the test records."""
+    head = fit_linear_head(task, few.fit.embedding, few.fit.records.labels[task.name].numpy(), few.seed)
+    return task.answers(head.logits(few.test.embedding))
 
 
 def plain_cnn(tasks: Sequence[Task]) -> PlainCnn:

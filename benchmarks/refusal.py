@@ -251,7 +251,7 @@ def errors_of(
             "mae", labels["age"][chosen], answers[chosen], resamples=resamples, groups=patients[chosen]
         ).to_dict() | {"unit": "years"}
     if rhythm is not None:
-        given = rhythm.task.answers(seen.logits["arrhythmia"] / rhythm.temperature) >= np.array(rhythm.thresholds)
+        given = rhythm.probabilities(seen.logits["arrhythmia"]) >= np.array(rhythm.thresholds)
         right = (given == (labels["arrhythmia"] == 1)).all(axis=1).astype(float)
         result["every_rhythm_statement_right"] = bootstrap_interval(
             "coverage", np.ones(int(chosen.sum())), right[chosen], resamples=resamples, groups=patients[chosen]

@@ -82,11 +82,11 @@ def classes_of(rows: datasets.Dataset) -> np.ndarray:
 
 @torch.inference_mode()
 def window_logits(records: Records, many: MultiTask, cnn: PlainCnn | None) -> dict[str, Tensor]:
-    """model to logits of the arrhythmia task (windows, outputs), ECG-MoE's at the temperature of its adapter."""
+    """model to logits of the arrhythmia task (windows, outputs), ECG-MoE's as its adapter calibrates them."""
     parts: dict[str, list[Tensor]] = {}
     for batch in batches(records):
         logits = many.task_logits(many.encoder(**batch["signal"]))["arrhythmia"]
-        parts.setdefault("ECG-MoE", []).append(logits / many.cards["arrhythmia"].temperature)
+        parts.setdefault("ECG-MoE", []).append(torch.from_numpy(many.cards["arrhythmia"].calibrated(logits.numpy())))
         if cnn is not None:
             parts.setdefault("plain CNN", []).append(cnn(**batch["signal"]).logits["arrhythmia"])
     return {model: torch.cat(values) for model, values in parts.items()}

@@ -69,15 +69,18 @@ def prepare(signal: np.ndarray, rate_in: float, settings: dict) -> dict[str, np.
     }
 
 
-def answer(logits: np.ndarray, card: dict) -> str:
-    """What a task's logits (outputs,) mean, in words."""
+def answer(logits: np.ndarray, card: dict, rr_s: np.ndarray) -> str:
+    """What a task's logits (outputs,) mean, in words; the RR intervals say how sure their mean is."""
     task = card["task"]
     if task["kind"] == "regression":
         value, half = logits[0] * task["spread"] + task["center"], card["half_widths"].get("12", float("nan"))
+        if card.get("relative_widths"):
+            half *= (1000 * rr_s.std() + 10) / len(rr_s) if len(rr_s) > 1 else float("nan")
         return f"{value:.1f} {task['unit']} ({card['level']:.0%}: {value - half:.1f} to {value + half:.1f})"
     if task["kind"] == "multi_class":
         return task["labels"][int(np.argmax(logits))]
-    given = 1 / (1 + np.exp(-logits / card["temperature"])) >= np.array(card["thresholds"])
+    shifted = (logits + np.array(card.get("shifts", 0.0))) / card["temperature"]
+    given = 1 / (1 + np.exp(-shifted)) >= np.array(card["thresholds"])
     if task["kind"] == "binary":
         return task["labels"][int(given[0])]
     return ", ".join(label for label, is_given in zip(task["labels"], given, strict=True) if is_given) or "no label"
@@ -89,6 +92,8 @@ if __name__ == "__main__":
     tasks = json.loads((exported / "tasks.json").read_text())
     session = onnxruntime.InferenceSession(exported / "model.onnx")
     signal_mv, rate_hz = read(record, ["I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6"])
-    outputs = session.run(list(tasks), prepare(signal_mv, rate_hz, settings))
+    inputs = prepare(signal_mv, rate_hz, settings)
+    rr_s = inputs["rr_intervals_s"][inputs["rr_intervals_s"] > 0]
+    outputs = session.run(list(tasks), inputs)
     for (name, card), logits in zip(tasks.items(), outputs, strict=True):
-        print(f"{name:12} {answer(logits[0], card)}")
+        print(f"{name:12} {answer(logits[0], card, rr_s)}")

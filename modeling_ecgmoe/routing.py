@@ -165,7 +165,7 @@ class MorphologyPath(nn.Module):
             nn.SiLU(),
             nn.Linear(config.beat_size, config.hidden_size),
         )
-        self.token_offsets = (-1, 0, 1, 2)
+        self.token_offsets = range(-1, 3)
         self.token_project = nn.Linear(len(self.token_offsets) * config.hidden_size, config.hidden_size)
         self.clock = nn.Linear(CLOCK_FEATURES, config.hidden_size) if config.period_aware else None
         self.mean_beat = nn.Parameter(torch.empty(config.hidden_size))
@@ -208,7 +208,7 @@ class MorphologyPath(nn.Module):
     def _tokens_at(self, tokens: Tensor, token_mask: Tensor, r_peaks: Tensor) -> Tensor:
         """The tokens before, at and after each R peak side by side, (b, n, offsets * d)."""
         centre = (r_peaks.clamp(min=0) / self.stride).long()
-        offsets = torch.tensor(self.token_offsets, device=tokens.device)
+        offsets = torch.arange(self.token_offsets.start, self.token_offsets.stop, device=tokens.device)
         last = (token_mask * torch.arange(tokens.shape[1], device=tokens.device)).amax(dim=1)
         index = torch.minimum((centre[..., None] + offsets).clamp(min=0), last[:, None, None])
         picked = tokens.gather(1, index.flatten(1)[..., None].expand(-1, -1, tokens.shape[-1]))

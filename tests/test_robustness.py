@@ -300,7 +300,7 @@ def test_windows_are_averaged_as_prediction_averages_them(many: MultiTask) -> No
     ecg = synthetic_ecg(sampling_rate=300, duration_s=34, rhythm="atrial_fibrillation", noise_mv=0.02).ecg
     record = many.prepare(ecg.signal[:1], 300, ["I"])
     assert len(record.windows) == 4
-    logits = torch.from_numpy(many.logits(record.windows)["arrhythmia"]) / many.cards["arrhythmia"].temperature
+    logits = torch.from_numpy(many.cards["arrhythmia"].calibrated(many.logits(record.windows)["arrhythmia"]))
     ways = pooled(logits, torch.zeros(4, dtype=torch.long))
     expected = many.answer([record])[0]["arrhythmia"]["probabilities"]
     found = dict(zip(RHYTHMS, next(iter(ways.values()))[0], strict=True))

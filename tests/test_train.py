@@ -22,6 +22,7 @@ import evaluation
 import train
 from benchmarks import plain_cnn
 from benchmarks.plain_cnn import PlainCnn
+from head_start import start_at_base_rates
 from modeling_ecgmoe.adapters import MultiTask
 from modeling_ecgmoe.configuration_ecgmoe import EcgMoeConfig
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
@@ -210,7 +211,7 @@ def test_new_heads_start_at_the_frequencies_of_their_labels(kind: str) -> None:
     )
     model = tiny_model()
     model.add_task(task)
-    train.start_at_base_rates(model, {"grade": torch.from_numpy(task.targets([*values, None]))})
+    start_at_base_rates(model, {"grade": torch.from_numpy(task.targets([*values, None]))})
     bias = model.heads["head_grade"].bias.detach().numpy()
     np.testing.assert_allclose(task.answers(bias), [0.25, 0.5, 0.25], atol=1e-5)
 

@@ -16,7 +16,9 @@ CARD_FILE = "task.json"
 # What adapters call their base until they are published; the fingerprint in their card is what is checked.
 BASE_MODEL = "ecg-moe/ecg-moe-base"
 # Fields of a card that came later: where they are empty they are left out, and the file is as it always was.
-LATER_FIELDS = ("group_bounds", "group_half_widths")
+LATER_FIELDS = ("group_bounds", "group_half_widths", "relative_widths", "shifts")
+# A label is shifted where it has so many validation records with and without it; temperature and shifts take turns.
+MIN_SHIFT_RECORDS, SHIFT_ROUNDS = 20, 3
 # The intervals of a regression are by groups of its truth, so many where each has so many validation records.
 MAX_GROUPS, MIN_GROUP_RECORDS = 6, 100
 ABBREVIATIONS = ("auprc", "auroc", "ece", "mae", "rmse")
@@ -31,7 +33,7 @@ class AdapterCard:
         base: fingerprint of the model the adapter was trained on, see `fingerprint`.
         evidence: "measured" where trained on real recordings, "simulated" otherwise.
         trained_on: the data, in words.
-        temperature: logits of a classification are divided by it (Guo et al. 2017).
+        temperature: logits of a classification are divided by it (Guo et al. 2017), after `shifts` were added.
         thresholds: the probability from which each label is given, by the best F1 on validation data.
         half_widths: half of a regression's interval for recordings with at least so many leads, by split conformal
             prediction (Lei et al. 2018); keys are numbers of leads.
@@ -40,6 +42,9 @@ class AdapterCard:
         group_bounds: rising bounds between groups of true values, in the task's unit.
         group_half_widths: number of leads, as in `half_widths`, to the half-width of each group; see `intervals`.
             Empty: one width for all.
+        relative_widths: half-widths are multiples of the error to expect of the measurement that the task starts from,
+            `mean_rr_error_ms` of each record (Lei et al. 2018, section 5.2).
+        shifts: what is added to each output's logit (the B of Platt 2000); empty: nothing.
     """
 
     task: Task
@@ -53,6 +58,8 @@ class AdapterCard:
     metrics: dict[str, Any] = field(default_factory=dict)
     group_bounds: list[float] = field(default_factory=list)
     group_half_widths: dict[str, list[float]] = field(default_factory=dict)
+    relative_widths: bool = False
+    shifts: list[float] = field(default_factory=list)
 
     def save(self, folder: Path) -> None:
         """Write `task.json`."""
@@ -135,12 +142,13 @@ class AdapterCard:
                 lines.append(f"- {title}: {value}{unit}{between}")
         return lines + [f"- {name}: {value}" for name, value in left.items()]
 
-    def answer(self, logits: np.ndarray, num_leads: int) -> dict[str, Any]:
+    def answer(self, logits: np.ndarray, num_leads: int, prior_error: float | None = None) -> dict[str, Any]:
         """The answer of one record, as the command line gives it.
 
         Args:
             logits: (outputs,) of the task's head.
             num_leads: how many leads the record has; fewer leads, wider intervals.
+            prior_error: see `intervals`, *optional*.
         """
         task = self.task
         out: dict[str, Any]
@@ -149,10 +157,11 @@ class AdapterCard:
             digits = task.decimals + 2
             out = {"value": round(value, digits), "unit": task.unit}
             if self.half_widths:
-                ends = self.intervals(np.array([value]), num_leads)[0]
+                error = None if prior_error is None else np.array([prior_error])
+                ends = self.intervals(np.array([value]), num_leads, error)[0]
                 out |= {"interval": [round(float(end), digits) for end in ends], "level": self.level}
         else:
-            probabilities = task.answers(logits / self.temperature)
+            probabilities = self.probabilities(logits)
             if task.kind == "binary":
                 probabilities = np.array([1.0 - probabilities[0], probabilities[0]])
             out = {"labels": self._labels(probabilities)}
@@ -161,16 +170,36 @@ class AdapterCard:
             }
         return out if self.evidence == "measured" else out | {"evidence": self.evidence}
 
-    def intervals(self, values: np.ndarray, num_leads: int) -> np.ndarray:
+    def calibrated(self, logits: np.ndarray) -> np.ndarray:
+        """The calibrated logits (..., outputs) of a classification."""
+        return (logits + np.array(self.shifts or 0.0, logits.dtype)) / self.temperature
+
+    def probabilities(self, logits: np.ndarray) -> np.ndarray:
+        """The calibrated probabilities (..., outputs) of a classification's logits."""
+        return self.task.answers(self.calibrated(logits))
+
+    def intervals(self, values: np.ndarray, num_leads: int, prior_errors: np.ndarray | None = None) -> np.ndarray:
         """The intervals (records, 2) around a regression's values (records,), in its unit.
+
+        With `relative_widths` they are as wide as `prior_errors` (records,) says of each record, in the task's unit.
 
         Answers are drawn to the middle, so one half-width covers records with an extreme truth less often than
         promised and the others more often. With `group_half_widths` each group of true values has a width of its own,
         and the interval reaches as far as there are truths whose group allows for their distance: label-conditional
         conformal prediction (Vovk 2012), which covers every group as often as promised.
+
+        Raises:
+            ValueError: the widths are relative, and `prior_errors` is not given.
         """
         key = self._most_leads(num_leads)
-        around = values[:, None] + self.half_widths[key] * np.array([-1.0, 1.0])
+        half_widths = np.full(len(values), self.half_widths[key])
+        if self.relative_widths:
+            if prior_errors is None:
+                raise ValueError(
+                    f"the intervals of task {self.task.name} are multiples of an expected error; pass prior_errors"
+                )
+            half_widths = half_widths * prior_errors
+        around = values[:, None] + half_widths[:, None] * np.array([-1.0, 1.0])
         halves = self.group_half_widths.get(key)
         if halves is None:
             return around
@@ -207,41 +236,85 @@ def renew_card(folder: Path) -> None:
     (folder / "README.md").write_text(card.to_markdown(BASE_MODEL), encoding="utf-8")
 
 
-def calibrate(card: AdapterCard, logits: np.ndarray, targets: np.ndarray, num_leads: int = 12) -> None:
-    """Fit temperature and thresholds, or the interval of a regression, on validation data; changes `card`.
+def calibrate(
+    card: AdapterCard,
+    logits: np.ndarray,
+    targets: np.ndarray,
+    num_leads: int = 12,
+    prior_errors: np.ndarray | None = None,
+) -> None:
+    """Fit temperature, shifts and thresholds, or the interval of a regression, on validation data; changes `card`.
 
     Args:
         logits, targets: (records, outputs), targets NaN where unknown.
         num_leads: how many leads the records have.
+        prior_errors: (records,) of the measurement that the task starts from, *optional*, see `calibrate_intervals`.
     """
     task = card.task
     known = np.isfinite(targets)
     if not known.any():
         raise ValueError(f"task {task.name}: no validation record has a label, so nothing can be calibrated")
     if task.kind == "regression":
-        calibrate_intervals(card, task.answers(logits)[known], targets[known], num_leads)
+        errors = None if prior_errors is None else prior_errors[known[:, 0]]
+        calibrate_intervals(card, task.answers(logits)[known], targets[known], num_leads, errors)
         return
 
-    def loss(log_temperature: float) -> float:
-        p = np.clip(task.answers(logits / np.exp(log_temperature)), 1e-7, 1 - 1e-7)
-        t = np.where(known, targets, 0.0)
-        each = -t * np.log(p) if task.kind == "multi_class" else -t * np.log(p) - (1 - t) * np.log(1 - p)
-        return float((each * known).sum() / known.sum())
-
-    card.temperature = float(np.exp(minimize_scalar(loss, bounds=(-2.0, 2.0), method="bounded").x))
+    positive = np.where(known, targets, 0.0).sum(axis=0)
+    often = np.minimum(positive, known.sum(axis=0) - positive) >= MIN_SHIFT_RECORDS
+    shifted = task.kind != "multi_class" and bool(often.any())
+    shifts = np.zeros(task.num_outputs)
+    for _ in range(SHIFT_ROUNDS if shifted else 1):
+        card.temperature = best_temperature(task, logits + shifts, targets)
+        for output in np.flatnonzero(often) if shifted else ():
+            of = known[:, output]
+            shifts[output] = best_shift(logits[of, output], targets[of, output], card.temperature)
+    card.shifts = [round(float(shift), 4) for shift in shifts] if shifted else []
     if task.kind != "multi_class":
-        probabilities = task.answers(logits / card.temperature)
+        probabilities = card.probabilities(logits)
         card.thresholds = [
             best_threshold(probabilities[known[:, i], i], targets[known[:, i], i]) for i in range(task.num_outputs)
         ]
 
 
-def calibrate_intervals(card: AdapterCard, values: np.ndarray, truth: np.ndarray, num_leads: int) -> None:
-    """Fit a regression's intervals for so many leads on validation values and truth (records,); changes `card`."""
+def best_temperature(task: Task, logits: np.ndarray, targets: np.ndarray) -> float:
+    """What logits (records, outputs) must be divided by for the lowest log-loss of targets, NaN where unknown."""
+    known = np.isfinite(targets)
+    truth = np.where(known, targets, 0.0)
+
+    def loss(log_temperature: float) -> float:
+        p = np.clip(task.answers(logits / np.exp(log_temperature)), 1e-7, 1 - 1e-7)
+        each = -truth * np.log(p) if task.kind == "multi_class" else -truth * np.log(p) - (1 - truth) * np.log(1 - p)
+        return float((each * known).sum() / known.sum())
+
+    return float(np.exp(minimize_scalar(loss, bounds=(-2.0, 2.0), method="bounded").x))
+
+
+def best_shift(logits: np.ndarray, truth: np.ndarray, temperature: float) -> float:
+    """What must be added to one label's logits (records,) for the lowest log-loss at a temperature."""
+
+    def loss(shift: float) -> float:
+        scaled = (logits + shift) / temperature
+        return float((np.logaddexp(0.0, scaled) - truth * scaled).mean())
+
+    return float(minimize_scalar(loss, bounds=(-4.0, 4.0), method="bounded").x)
+
+
+def calibrate_intervals(
+    card: AdapterCard, values: np.ndarray, truth: np.ndarray, num_leads: int, prior_errors: np.ndarray | None = None
+) -> None:
+    """Fit a regression's intervals for so many leads on validation values and truth (records,); changes `card`.
+
+    Args:
+        prior_errors: (records,) how far the measurement that the task starts from may be off, *optional*: then the
+            half-width is a multiple of it. An irregular heart's mean RR interval is less certain than a regular one's.
+    """
+    if card.task.prior:  # not drawn to the middle, so that groups only make its intervals wider
+        card.relative_widths = prior_errors is not None
+        scale = np.ones(len(values)) if prior_errors is None else prior_errors
+        card.half_widths[str(num_leads)] = conformal_half_width(values / scale, truth / scale, card.level)
+        return
     card.half_widths[str(num_leads)] = conformal_half_width(values, truth, card.level)
-    # What starts from a measurement is not drawn to the middle, and groups only make its intervals wider.
-    if not card.task.prior:
-        fit_groups(card, values, truth, num_leads)
+    fit_groups(card, values, truth, num_leads)
 
 
 def fit_groups(card: AdapterCard, values: np.ndarray, truth: np.ndarray, num_leads: int) -> None:

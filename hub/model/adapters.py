@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from .adapter_card import CARD_FILE, AdapterCard
+from .beats import mean_rr_error_ms
 from .configuration_ecgmoe import EcgMoeConfig
 from .encoder import EcgMoeEncoderOutput, add_prior
 from .feature_extraction_ecgmoe import EcgMoeFeatureExtractor, Prepared
@@ -248,9 +249,10 @@ class MultiTask:
             if self.typicality is not None and features is not None:
                 record.quality |= self.typicality.report(features[start:end])
             num_leads = int(min(window["lead_mask"].sum() for window in record.windows))
+            error_ms = float(np.mean([mean_rr_error_ms(window["rr_intervals_s"]) for window in record.windows]))
             answers.append(
                 {
-                    name: card.answer(logits[name][start:end].mean(axis=0), num_leads)
+                    name: card.answer(logits[name][start:end].mean(axis=0), num_leads, error_ms)
                     for name, card in self.cards.items()
                 }
             )

@@ -283,6 +283,23 @@ def mean_rr_s(r_peaks_s: np.ndarray) -> float:
     return float(np.nanmean(rr_s)) if np.isfinite(rr_s).any() else float("nan")
 
 
+# What is known of one interval alone, and how far a peak may be off: both in ms.
+SD_OF_ONE_RR_MS, R_PEAK_ERROR_MS = 100.0, 10.0
+
+
+def mean_rr_error_ms(rr_intervals_s: np.ndarray) -> float:
+    """How far the mean of RR intervals is off by one beat more, less or misplaced: (SD + 10 ms) / number.
+
+    Args:
+        rr_intervals_s: (n,) seconds, 0 or NaN where unknown; without any the longest interval is the error.
+    """
+    known_ms = 1000.0 * rr_intervals_s[np.nan_to_num(rr_intervals_s) > 0]
+    if not len(known_ms):
+        return 1000.0 * MAX_RR_S
+    sd_ms = float(np.std(known_ms)) if len(known_ms) > 1 else SD_OF_ONE_RR_MS
+    return (sd_ms + R_PEAK_ERROR_MS) / len(known_ms)
+
+
 def autocorrelation_period_s(signal: np.ndarray, sampling_rate: float) -> float:
     """The heart period where no beat stands out: the first strong peak of the slope energy's autocorrelation.
 

@@ -58,7 +58,7 @@ class CardiacClock:
         """What a token is told of its heart cycle: (b, moments, `CLOCK_FEATURES`)."""
         rr, since, phase = self.rr[:, moments], self.since[:, moments], self.phase[:, moments]
         known = self.known[:, None].to(phase.dtype)
-        angles = 2 * math.pi * phase[..., None] * torch.tensor([1.0, 2.0, 3.0], device=phase.device)
+        angles = 2 * math.pi * phase[..., None] * torch.arange(1.0, 4.0, device=phase.device)
         change = (rr / self.period[:, None].clamp(min=1.0) - 1.0).clamp(-1.0, 2.0)
         pace = torch.stack([rr / sampling_rate, since / sampling_rate, change, known.expand_as(rr)], dim=-1)
         return torch.cat([torch.sin(angles), torch.cos(angles), pace], dim=-1) * known[..., None]
