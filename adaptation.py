@@ -61,7 +61,7 @@ class AdaptArguments:
     epochs: int = field(default=3, metadata={"help": "passes over the training split"})
     min_steps: int = field(default=200, metadata={"help": "small training splits are passed until so many steps"})
     batch_size: int = field(default=128, metadata={"help": "records a step and process"})
-    learning_rate: float = field(default=5e-4, metadata={"help": "highest learning rate of the cosine schedule"})
+    learning_rate: float = field(default=3e-4, metadata={"help": "highest learning rate of the cosine schedule"})
     weight_decay: float = field(default=0.01, metadata={"help": "AdamW's decay"})
     lora_rank: int = field(default=8, metadata={"help": "rank of LoRA"})
     lora_alpha: int = field(default=16, metadata={"help": "scale of LoRA"})

@@ -225,7 +225,7 @@ def adapter_answers(model: EcgMoeForTasks, task: Task, few: Few, arguments: FewL
     fresh.add_task(task)
     start_linearly(fresh, task, few.fit.encoded, few.seed)
     how = AdaptArguments(
-        batch_size=arguments.batch_size, learning_rate=1e-3, max_steps=arguments.steps(len(few.fit.records.record_ids))
+        batch_size=arguments.batch_size, learning_rate=3e-4, max_steps=arguments.steps(len(few.fit.records.record_ids))
     )
     wrapped = lora_model(fresh, task, how.lora_rank, how.lora_alpha, how.lora_dropout)
     fit_adapter(wrapped, task, few.fit.encoded, few.inner.encoded, how, Accelerator())
