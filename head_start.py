@@ -16,7 +16,7 @@ from torch import Tensor
 
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeForTasks, task_loss
 from modeling_ecgmoe.tasks import Task
-from records import EncodedRecords, Records, batches, mean_of_windows
+from records import EncodedRecords, Records, mean_of_windows
 
 PENALTIES = tuple(10.0**power for power in range(6))  # of the squared weights of a standardised embedding
 FOLDS = 5
@@ -50,14 +50,19 @@ def start_at_base_rates(model: Any, labels: dict[str, Tensor]) -> None:
 
 
 def start_linearly(model: EcgMoeForTasks, task: Task, train: Records | EncodedRecords, seed: int = 0) -> None:
-    """Set a head of the model to the linear answer that fits the training records.
+    """Set a head of the model to the linear answer that fits the training records, or `MAX_RECORDS` of them.
 
     A task that starts from a measurement keeps its head: it answers the difference to what was measured.
+
+    Args:
+        seed: of the records that are chosen, and of the folds.
     """
     targets = train.labels[task.name].numpy()
-    if task.prior or not np.isfinite(targets).any():
+    known = np.flatnonzero(np.isfinite(targets).any(axis=1))
+    if task.prior or not len(known):
         return
-    head = fit_linear_head(task, embed(model, train), targets, seed)
+    chosen = np.sort(np.random.default_rng(seed).permutation(known)[:MAX_RECORDS])
+    head = fit_linear_head(task, embed(model, train, torch.from_numpy(chosen)), targets[chosen], seed)
     layer: Any = model.heads[f"head_{task.name}"]
     with torch.no_grad():
         layer.weight.copy_(torch.from_numpy(head.weight))
@@ -65,14 +70,22 @@ def start_linearly(model: EcgMoeForTasks, task: Task, train: Records | EncodedRe
 
 
 @torch.inference_mode()
-def embed(model: EcgMoeForTasks, records: Records | EncodedRecords) -> np.ndarray:
-    """The model's embedding of each record, (records, record_size), the mean of its windows."""
+def embed(
+    model: EcgMoeForTasks, records: Records | EncodedRecords, chosen: Tensor, batch_size: int = 64
+) -> np.ndarray:
+    """The model's embedding of some records, (records, record_size), the mean of each one's windows.
+
+    Args:
+        chosen: (n,) of the records, rising.
+    """
     model.eval()
     parts = []
-    for batch in batches(records):
+    windows = torch.isin(records.record_of, chosen).nonzero()[:, 0]
+    for index in windows.split(batch_size):
+        batch = records.__getitems__(index.tolist())
         inputs = {"encoder_output": batch["encoded"]} if "encoded" in batch else batch["signal"]
         parts.append(model.ecgmoe(**send_to_device(inputs, model.device)).pooler_output.float().cpu())
-    return mean_of_windows(torch.cat(parts), records.record_of).numpy()
+    return mean_of_windows(torch.cat(parts), torch.searchsorted(chosen, records.record_of[windows])).numpy()
 
 
 def fit_linear_head(task: Task, embedding: np.ndarray, targets: np.ndarray, seed: int = 0) -> LinearHead:
@@ -81,14 +94,10 @@ def fit_linear_head(task: Task, embedding: np.ndarray, targets: np.ndarray, seed
     Args:
         embedding: (records, record_size).
         targets: (records, outputs) as `Task.targets` gives them, NaN where unknown.
-        seed: of the folds, and of the records where there are more than are needed.
+        seed: of the folds.
     """
     known = np.isfinite(targets).any(axis=1)
     embedding, targets = embedding[known].astype(np.float64), targets[known].astype(np.float64)
-    rng = np.random.default_rng(seed)
-    if len(targets) > MAX_RECORDS:
-        chosen = rng.permutation(len(targets))[:MAX_RECORDS]
-        embedding, targets = embedding[chosen], targets[chosen]
     center, scale = embedding.mean(axis=0), embedding.std(axis=0) + 1e-6
     inputs = (embedding - center) / scale
     penalty = PENALTIES[len(PENALTIES) // 2]

@@ -128,7 +128,7 @@ class StackedFusion(nn.Module):
         self.paths = list(fusion.pooling)
         self.heads = fusion.attention.heads
         num_queries, size = fusion.get_parameter(f"pooling.{self.paths[0]}.queries").shape
-        self.shape = (len(adapters), num_queries, size)
+        self.shape = (len(adapters), len(self.paths), num_queries, size)
 
         def merged(name: str) -> tuple[Tensor, Tensor]:
             """Weights (a, out, in) and bias (out,) of a layer, 0 where it has none."""
@@ -138,8 +138,7 @@ class StackedFusion(nn.Module):
             return weights, weights.new_zeros(layer.out_features) if layer.bias is None else layer.bias
 
         kept: dict[str, Tensor] = {}
-        parts: dict[str, list[Tensor]] = {}
-        mix_bias = []
+        values, value_bias, mixes, mix_bias = [], [], [], []
         for path in self.paths:
             pooling, prefix = fusion.pooling[path], f"pooling.{path}.attention."
             assert isinstance(pooling, QueryPooling)
@@ -149,30 +148,22 @@ class StackedFusion(nn.Module):
             kept[f"asked_{path}"] = torch.einsum(
                 "aqhc,ahcd->ahqd", queries, key.unflatten(1, (self.heads, -1))
             ).flatten(0, 2)
-            # Merged, the weights of these layers would be read from memory once for each adapter.
-            for name, layer_name in (("value", "v_proj"), ("mix", "out_proj")):
-                for part, tensor in _side_by_side(name, [f"{prefix}{layer_name}"], fusion, adapters).items():
-                    parts.setdefault(part, []).append(tensor)
+            (value, bias), (mix, bias_of_mix) = merged(f"{prefix}v_proj"), merged(f"{prefix}out_proj")
+            values.append(value.unflatten(1, (self.heads, -1)).transpose(2, 3).flatten(0, 1))
+            value_bias.append(bias.view(self.heads, 1, -1).repeat(len(adapters), 1, 1))
+            mixes.append(mix.transpose(1, 2))
             # What is added to what a query has found: the bias, and the query itself.
-            mix_bias.append(parts["mix_bias"].pop() + pooling.queries)
+            mix_bias.append((bias_of_mix + pooling.queries).expand(len(adapters), -1, -1))
             kept[f"norm_{path}_weight"], kept[f"norm_{path}_bias"] = pooling.norm.weight, pooling.norm.bias
-        stacked = {name: torch.stack(tensors) for name, tensors in parts.items() if tensors}
-        # Each head reads its own mixture: its rows of the weight, and of B a block that the others' do not touch.
-        by_head = stacked["value"].unflatten(1, (self.heads, -1))
-        ups = stacked["value_b"].unflatten(3, (self.heads, -1))
-        blocks = [torch.block_diag(*up.unbind(1)) for up in ups.flatten(0, 1)]
         kept |= {
-            "value": by_head.transpose(2, 3).flatten(0, 1),
-            "value_bias": stacked["value_bias"].unflatten(1, (self.heads, 1, -1)).flatten(0, 1),
-            "value_a": stacked["value_a"].flatten(0, 1),
-            "value_b": torch.stack(blocks),
-            "mix": stacked["mix"].transpose(1, 2),
-            "mix_bias": torch.stack(mix_bias)[:, None, None],
-            "mix_a": stacked["mix_a"].flatten(0, 1),
-            "mix_b": stacked["mix_b"].flatten(0, 1),
+            "value": torch.cat(values),
+            "value_bias": torch.cat(value_bias),
+            "mix": torch.cat(mixes),
+            "mix_bias": torch.cat(mix_bias),
         }
         pooled, pooled_bias = merged("pooled_proj")
         kept |= {"pooled": pooled.flatten(0, 1), "pooled_bias": pooled_bias.repeat(len(adapters))}
+        # Merged, the weights of these layers would be read from memory once for each adapter.
         layers = {
             "qkv": ["attention.q_proj", "attention.k_proj", "attention.v_proj"],
             "attended": ["attention.out_proj"],
@@ -195,12 +186,16 @@ class StackedFusion(nn.Module):
     def forward(self, encoded: EcgMoeEncoderOutput) -> Tensor:
         """See `Fusion.forward`."""
         memories = encoded.memories()
-        num_adapters, num_queries, size = self.shape
+        num_adapters, num_paths, num_queries, size = self.shape
         tokens, mask = memories["tokens"]
         batch = tokens.shape[0]
         found = torch.stack([self._pooled(path, *memories[path]) for path in self.paths])
-        found = self._mixed(found.unflatten(2, (num_adapters, self.heads, num_queries)))
-        found = found.permute(1, 2, 0, 3, 4).flatten(2, 3)
+        # (p, b, a * h * q, d) to (p * a * h, b * q, d)
+        found = found.unflatten(2, (num_adapters * self.heads, num_queries)).permute(0, 2, 1, 3, 4)
+        found = torch.baddbmm(self.value_bias, found.reshape(-1, batch * num_queries, size), self.value)
+        found = found.view(num_paths * num_adapters, self.heads, batch * num_queries, -1).transpose(1, 2).flatten(2)
+        found = torch.bmm(found, self.mix).view(-1, batch, num_queries, size) + self.mix_bias[:, None]
+        found = found.view(num_paths, num_adapters, batch, num_queries, size).permute(1, 2, 0, 3, 4).flatten(2, 3)
         extent = mean_and_max(tokens, mask)
         pooled = functional.linear(extent, self.pooled, self.pooled_bias).view(batch, num_adapters, 1, size)
         hidden = torch.cat([found, pooled.transpose(0, 1)], dim=2).flatten(1, 2)
@@ -227,20 +222,6 @@ class StackedFusion(nn.Module):
         shared = functional.linear(x, getattr(self, name), getattr(self, f"{name}_bias"))
         return torch.baddbmm(shared, torch.bmm(x, getattr(self, f"{name}_a")), getattr(self, f"{name}_b"))
 
-    def _mixed(self, found: Tensor) -> Tensor:
-        """What queries found (p, b, a, h, q, d), through the projections of values and of outputs: (p, a, b, q, d)."""
-        num_paths, batch, num_adapters, heads, num_queries, size = found.shape
-        rows = batch * num_queries
-        of_heads = found.permute(0, 3, 2, 1, 4, 5).reshape(num_paths * heads, num_adapters * rows, size)
-        shared = torch.baddbmm(self.value_bias, of_heads, self.value).unflatten(0, (num_paths, heads))
-        shared = shared.transpose(1, 2).reshape(num_paths * num_adapters, rows, size)
-        of_adapters = found.permute(0, 2, 1, 4, 3, 5).reshape(num_paths * num_adapters, rows * heads, size)
-        low = torch.bmm(of_adapters, self.value_a).view(num_paths * num_adapters, rows, -1)
-        values = torch.baddbmm(shared, low, self.value_b)
-        shared = torch.bmm(values.view(num_paths, num_adapters * rows, size), self.mix).view_as(values)
-        mixed = torch.baddbmm(shared, torch.bmm(values, self.mix_a), self.mix_b)
-        return mixed.view(num_paths, num_adapters, batch, num_queries, size) + self.mix_bias
-
     def _pooled(self, path: str, memory: Tensor, mask: Tensor) -> Tensor:
         """What each adapter's queries gather from a path, before values are projected: (b, a * h * q, d)."""
         normed = functional.layer_norm(
@@ -255,17 +236,17 @@ def _side_by_side(
     name: str, layers: Sequence[str], fusion: Fusion, adapters: Sequence[AdapterWeights]
 ) -> dict[str, Tensor]:
     """Linear layers of one input as one: weight (outputs, inputs) and bias, and beside them the adapters' matrices
-    A (a, inputs, r) and B (a, r, outputs), where each layer has as many rows of r as the highest rank of any layer."""
+    A (a, inputs, r) and B (a, r, outputs), each layer's r up to the highest rank."""
     weights: list[Tensor] = []
     biases: list[Tensor] = []
     downs, ups = [], []
-    rank = max((a.shape[0] for one in adapters for a, _ in one.lora.values()), default=1)
     for layer_name in layers:
         layer = fusion.get_submodule(layer_name)
         assert isinstance(layer, nn.Linear)
         weights.append(layer.weight)
         biases.append(layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias)
         pairs = [one.lora.get(layer_name) for one in adapters]
+        rank = max((pair[0].shape[0] for pair in pairs if pair is not None), default=1)
         down = layer.weight.new_zeros(len(pairs), layer.in_features, rank)
         up = layer.weight.new_zeros(len(pairs), rank, layer.out_features)
         for index, pair in enumerate(pairs):

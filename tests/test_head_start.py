@@ -82,8 +82,12 @@ def test_the_model_answers_as_its_linear_start() -> None:
     start_linearly(model, SIDE, encoded)
     logits = predict_logits(model, encoded, torch.device("cpu"), ["side"])["side"]
     head: torch.nn.Linear = model.heads["head_side"]  # type: ignore[assignment]
-    expected = LinearHead(head.weight.detach().numpy(), head.bias.detach().numpy()).logits(embed(model, encoded))
+    expected = LinearHead(head.weight.detach().numpy(), head.bias.detach().numpy()).logits(
+        embed(model, encoded, torch.arange(60))
+    )
     np.testing.assert_allclose(logits, expected, atol=1e-4)
+    some = embed(model, records, torch.tensor([3, 17, 40]))  # from the signals themselves
+    np.testing.assert_allclose(some, embed(model, encoded, torch.arange(60))[[3, 17, 40]], atol=0.02)
     truth = records.labels["side"].numpy().argmax(axis=1)
     assert (logits.argmax(axis=1) == truth).mean() > 0.8
 
