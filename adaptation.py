@@ -109,8 +109,10 @@ def adapt(data: DataArguments, arguments: AdaptArguments) -> dict[str, MetricRes
     results = {}
     for task in tasks:
         fresh = EcgMoeForTasks.from_pretrained(arguments.model, dtype=torch.float32)
-        if task.name not in fresh.tasks or not fresh.tasks[task.name].reads_like(task):
+        is_new = task.name not in fresh.tasks or not fresh.tasks[task.name].reads_like(task)
+        if is_new:
             fresh.add_task(task)
+        if is_new or task.prior:
             start_linearly(fresh.to(accelerator.device), task, train, arguments.seed)
         wrapped = lora_model(
             fresh, task, arguments.lora_rank, arguments.lora_alpha, arguments.lora_dropout, arguments.lora_scope

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import send_to_device
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import KFold
-from torch import Tensor
+from torch import Tensor, nn
 
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeForTasks, task_loss
 from modeling_ecgmoe.tasks import Task
@@ -52,18 +52,20 @@ def start_at_base_rates(model: Any, labels: dict[str, Tensor]) -> None:
 def start_linearly(model: EcgMoeForTasks, task: Task, train: Records | EncodedRecords, seed: int = 0) -> None:
     """Set a head of the model to the linear answer that fits the training records, or `MAX_RECORDS` of them.
 
-    A task that starts from a measurement keeps its head: it answers the difference to what was measured.
+    A task that starts from a measurement starts there: its head, which answers the difference, is nought.
 
     Args:
         seed: of the records that are chosen, and of the folds.
     """
+    layer: Any = model.heads[f"head_{task.name}"]
     targets = train.labels[task.name].numpy()
     known = np.flatnonzero(np.isfinite(targets).any(axis=1))
     if task.prior or not len(known):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
         return
     chosen = np.sort(np.random.default_rng(seed).permutation(known)[:MAX_RECORDS])
     head = fit_linear_head(task, embed(model, train, torch.from_numpy(chosen)), targets[chosen], seed)
-    layer: Any = model.heads[f"head_{task.name}"]
     with torch.no_grad():
         layer.weight.copy_(torch.from_numpy(head.weight))
         layer.bias.copy_(torch.from_numpy(head.bias))

@@ -77,6 +77,19 @@ def test_the_rr_interval_of_a_synthetic_heart_is_right_within_ten_milliseconds(m
     assert many.answer([record])[0]["rr_interval"]["value"] == pytest.approx(60_000 / rate_bpm, abs=10)
 
 
+def test_the_rr_interval_of_an_irregular_heart_is_less_certain(many: MultiTask) -> None:
+    widths = {}
+    for duration_s in (10, 60):
+        for rhythm in ("sinus", "atrial_fibrillation"):
+            ecg = synthetic_ecg(sampling_rate=250, duration_s=duration_s, rhythm=rhythm, seed=1).ecg
+            record = many.prepare(ecg.signal, ecg.sampling_rate, ecg.lead_names)
+            low, high = many.answer([record])[0]["rr_interval"]["interval"]
+            widths[duration_s, rhythm] = high - low
+    assert widths[10, "atrial_fibrillation"] > 3 * widths[10, "sinus"]
+    # Each window has its own missed beats: many of them make no interval of the whole recording certain.
+    assert widths[60, "atrial_fibrillation"] > 3 * widths[60, "sinus"] > widths[10, "sinus"]
+
+
 def test_examples_get_their_rhythm(many: MultiTask) -> None:
     assert "AFIB" in answers(many, "atrial_fibrillation")["arrhythmia"]["labels"]
     assert answers(many, "sinus_75bpm")["arrhythmia"]["probabilities"]["SR"] > 0.5
