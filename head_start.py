@@ -21,7 +21,6 @@ from records import EncodedRecords, Records, mean_of_windows
 PENALTIES = tuple(10.0**power for power in range(6))  # of the squared weights of a standardised embedding
 FOLDS = 5
 MAX_RECORDS = 2000  # more change the start little, and take long
-MIN_OF_A_KIND = 2  # records with and without a label, for it to be told from the embedding
 
 
 class LinearHead(NamedTuple):
@@ -120,7 +119,7 @@ def _loss(task: Task, head: LinearHead, inputs: np.ndarray, targets: np.ndarray)
 
 
 def _fit(task: Task, penalty: float, inputs: np.ndarray, targets: np.ndarray) -> LinearHead:
-    """One fit; outputs of which there are too few examples stay at their base rate."""
+    """One fit; outputs without an example stay at their base rate."""
     weight, known = np.zeros((targets.shape[1], inputs.shape[1])), np.isfinite(targets)
     if task.kind == "regression":
         standard = (targets[known[:, 0], 0] - task.center) / task.spread
@@ -142,7 +141,7 @@ def _fit(task: Task, penalty: float, inputs: np.ndarray, targets: np.ndarray) ->
     bias = np.log(rates / (1.0 - rates))
     for output, column in enumerate(targets.T):
         seen = known[:, output]
-        if min(column[seen].sum(), (1.0 - column[seen]).sum()) >= MIN_OF_A_KIND:
+        if 0 < column[seen].sum() < seen.sum():  # one example says more than none
             regression.fit(inputs[seen], column[seen] > 0.5)
             weight[output], bias[output] = regression.coef_[0], regression.intercept_[0]
     return LinearHead(weight, bias)

@@ -13,7 +13,7 @@ from head_start import LinearHead, embed, fit_linear_head, start_linearly
 from modeling_ecgmoe.tasks import TASKS, Task
 from records import EncodedRecords
 
-FINDINGS = Task("findings", "multi_label", "two findings", "findings", ("often", "once"))
+FINDINGS = Task("findings", "multi_label", "three findings", "findings", ("often", "once", "never"))
 
 
 def embeddings(records: int, seed: int, size: int = 32) -> np.ndarray:
@@ -40,9 +40,9 @@ def test_what_the_embedding_does_not_know_is_answered_by_the_base_rate() -> None
     assert probabilities.mean() == pytest.approx(0.25, abs=0.05)
 
 
-def test_unknown_labels_do_not_count_and_one_example_teaches_nothing() -> None:
+def test_unknown_labels_do_not_count_and_no_example_teaches_nothing() -> None:
     z = embeddings(80, seed=0)
-    truth = np.zeros((80, 2), np.float32)
+    truth = np.zeros((80, 3), np.float32)
     truth[:, 0] = z[:, 5] > 5.0
     truth[7, 1] = 1.0
     truth[:20, 0] = np.nan
@@ -50,8 +50,9 @@ def test_unknown_labels_do_not_count_and_one_example_teaches_nothing() -> None:
     head = fit_linear_head(FINDINGS, z, truth)
     given = head.logits(z)[20:, 0] > 0
     assert (given == (truth[20:, 0] == 1.0)).mean() > 0.9
-    assert not head.weight[1].any()
-    assert head.bias[1] == pytest.approx(np.log(1.5 / 78.5), abs=1e-3)
+    assert head.logits(z)[:, 1].argmax() == 7
+    assert not head.weight[2].any()
+    assert head.bias[2] == pytest.approx(np.log(0.5 / 79.5), abs=1e-3)
 
 
 @pytest.mark.parametrize("present", [(0, 1, 2), (0, 2), (1,)])
