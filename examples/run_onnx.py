@@ -79,7 +79,7 @@ def answer(logits: np.ndarray, card: dict, rr_s: np.ndarray) -> str:
         return f"{value:.1f} {task['unit']} ({card['level']:.0%}: {value - half:.1f} to {value + half:.1f})"
     if task["kind"] == "multi_class":
         return task["labels"][int(np.argmax(logits))]
-    shifted = (logits + np.array(card.get("shifts", 0.0))) / card["temperature"]
+    shifted = (logits + np.array(card.get("shifts") or 0.0)) / card["temperature"]
     given = 1 / (1 + np.exp(-shifted)) >= np.array(card["thresholds"])
     if task["kind"] == "binary":
         return task["labels"][int(given[0])]
