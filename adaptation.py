@@ -106,6 +106,7 @@ def adapt(data: DataArguments, arguments: AdaptArguments) -> dict[str, MetricRes
     if arguments.lora_scope == "fusion":
         train = EncodedRecords(model, records["train"], accelerator.device, arguments.views)
         validation = {n: EncodedRecords(model, r, accelerator.device) for n, r in seen.items()}
+    errors = {count: prior_errors_of(seen_with) for count, seen_with in seen.items()}
     results = {}
     for task in tasks:
         fresh = EcgMoeForTasks.from_pretrained(arguments.model, dtype=torch.float32)
@@ -123,7 +124,6 @@ def adapt(data: DataArguments, arguments: AdaptArguments) -> dict[str, MetricRes
             trained_on = arguments.trained_on or describe_data(task, data, records)
             card = AdapterCard(task, fingerprint(model), arguments.evidence, trained_on, level=arguments.level)
             patients = records["validation"].patient_ids
-            errors = {count: prior_errors_of(seen_with) for count, seen_with in seen.items()}
             results[task.name] = calibrate_on(wrapped, card, validation, errors, patients, accelerator.device)
             folder = Path(arguments.output_dir) / task.name
             save_adapter(wrapped, card, folder)
