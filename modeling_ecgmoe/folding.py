@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-from torch.nn.utils.rnn import pad_sequence
 
 from .configuration_ecgmoe import EcgMoeConfig
 from .encoder import EcgMoeEncoder
@@ -266,7 +265,7 @@ def _toeplitz(layer: StateSpace, length: int) -> Tensor:
 
 
 class FoldedMixtureLayers(nn.Module):
-    """`MixtureLayers`, for one recording all paths at once, filled up to the same number of elements. Axes: p path."""
+    """`MixtureLayers`, for one recording the elements of all paths side by side in one sequence."""
 
     def __init__(self, layers: Sequence[Any]) -> None:
         super().__init__()
@@ -278,20 +277,31 @@ class FoldedMixtureLayers(nn.Module):
         """See `MixtureLayers.forward`; `layers` are known from before."""
         states: dict[str, Tensor] = {}
         routings: dict[str, list[Routing]] = {name: [] for name in elements}
-        counts = {name: of.mask.shape[1] for name, of in elements.items()}
         few = next(iter(elements.values())).mask.shape[0] == 1 and not torch.compiler.is_exporting()
-        for index, names in enumerate([list(elements)] if few else [[name] for name in elements]):
-            of = [elements[name] for name in names]
-            if few:
-                hidden, mask = (pad_sequence([e[at][0] for e in of], batch_first=True)[:, None] for at in (0, 1))
-            else:
-                hidden, mask = of[0].hidden[None], of[0].mask[None]
+        for first, names in enumerate([list(elements)] if few else [[name] for name in elements]):
+            counts = [elements[name].mask.shape[1] for name in names]
+            hidden = torch.cat([elements[name].hidden for name in names], dim=1)
+            unseen = _unseen([elements[name].mask for name in names], hidden.dtype)
             for depth in self.depths:
-                hidden, routing = depth(hidden, mask, slice(index, index + len(names)))
-                for at, name in enumerate(names):
-                    routings[name].append(Routing(*(each[at, :, : counts[name]] for each in routing)))
-            states |= {name: hidden[at, :, : counts[name]] for at, name in enumerate(names)}
+                hidden, routing = depth(hidden, unseen, first, counts)
+                parts = zip(*(each.split(counts, dim=1) for each in routing), strict=True)
+                for name, part in zip(names, parts, strict=True):
+                    routings[name].append(Routing(*part))
+            states |= dict(zip(names, hidden.split(counts, dim=1), strict=True))
         return states, routings
+
+
+def _unseen(masks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """What is added to attention scores, so that elements see the real ones of their own path: (b, 1, 1 or n, n)."""
+    unseen = ((torch.cat(list(masks), dim=1).to(dtype) - 1.0) * 1e4)[:, None, None, :]
+    if len(masks) == 1:
+        return unseen
+    between = unseen.new_full((unseen.shape[-1], unseen.shape[-1]), -1e4)
+    start = 0
+    for mask in masks:
+        between[start : start + mask.shape[1], start : start + mask.shape[1]] = 0.0
+        start += mask.shape[1]
+    return unseen + between
 
 
 class FoldedMixtureLayer(nn.Module):
@@ -319,32 +329,37 @@ class FoldedMixtureLayer(nn.Module):
             kept["down"].append((down.transpose(0, 1).flatten(1), down.new_zeros(down.shape[1])))
         for name, pairs in kept.items():
             self.register_buffer(name, torch.stack([weight.t() for weight, _ in pairs]).detach().contiguous())
-            self.register_buffer(f"{name}_bias", torch.stack([bias[None] for _, bias in pairs]).detach())
+            self.register_buffer(f"{name}_bias", torch.stack([bias for _, bias in pairs]).detach())
 
-    def forward(self, hidden: Tensor, mask: Tensor, which: slice) -> tuple[Tensor, Routing]:
-        """hidden (p, b, n, d), mask (p, b, n), of these of the paths. Returns states and routings with the same first
-        axes."""
-        paths, batch, count = mask.shape
-        hidden = hidden.flatten(1, 2)
-        qkv = self._product("qkv", which, functional.layer_norm(hidden, self.size))
-        query, key, value = qkv.view(paths * batch, count, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        unseen = ((mask.to(hidden.dtype) - 1.0) * 1e4).flatten(0, 1)[:, None, None, :]
+    def forward(self, hidden: Tensor, unseen: Tensor, first: int, counts: Sequence[int]) -> tuple[Tensor, Routing]:
+        """hidden (b, n, d), `counts` of its elements of each path from the `first` on. Returns states and routing."""
+
+        def product(name: str, x: Tensor) -> Tensor:
+            weights, biases = getattr(self, name), getattr(self, f"{name}_bias")
+            if len(counts) == 1:
+                return functional.linear(x, weights[first].t(), biases[first])
+            out = x.new_empty(1, x.shape[1], weights.shape[-1])
+            rows = zip(x[0].split(counts), out[0].split(counts), weights, biases, strict=True)
+            for part, written, weight, bias in rows:
+                torch.addmm(bias, part, weight, out=written)
+            return out
+
+        query, key, value = (
+            product("qkv", functional.layer_norm(hidden, self.size))
+            .unflatten(2, (3, self.heads, -1))
+            .permute(2, 0, 3, 1, 4)
+        )
         mixed = functional.scaled_dot_product_attention(query, key, value, unseen)
-        hidden = hidden + self._product("out", which, mixed.transpose(1, 2).reshape_as(hidden))
+        hidden = hidden + product("out", mixed.transpose(1, 2).flatten(2))
         normed = functional.layer_norm(hidden, self.size)
-        logits = self._product("router", which, normed).float()
+        logits = product("router", normed).float()
         highest, experts = logits.topk(self.top_k, dim=-1)
         weights = torch.softmax(highest, dim=-1)  # what the router's are, divided by their sum
         shares = torch.zeros_like(logits).scatter(-1, experts, weights).to(hidden.dtype)
         shares = functional.pad(shares, (0, 1), value=1.0).unsqueeze(-1)
-        gate, through = self._product("gate_up", which, normed).chunk(2, dim=-1)
+        gate, through = product("gate_up", normed).chunk(2, dim=-1)
         inner = functional.silu(gate).mul_(through).unflatten(-1, (shares.shape[-2], -1)).mul_(shares)
-        hidden = hidden + self._product("down", which, inner.flatten(-2))
-        routing = Routing(*(of.unflatten(1, (batch, count)) for of in (logits, weights, experts)))
-        return hidden.unflatten(1, (batch, count)), routing
-
-    def _product(self, name: str, which: slice, x: Tensor) -> Tensor:
-        return torch.baddbmm(getattr(self, f"{name}_bias")[which], x, getattr(self, name)[which])
+        return hidden + product("down", inner.flatten(-2)), Routing(logits, weights, experts)
 
 
 def _after(norm: nn.LayerNorm, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:

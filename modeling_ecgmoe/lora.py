@@ -15,8 +15,8 @@ from .stacking import CONFIG_FILE
 from .tasks import Task
 
 LORA_SCOPES = {
-    "fusion": rf"ecgmoe\.fusion\..*({'|'.join(LORA_TARGETS)})",
-    "all": rf"ecgmoe\.(fusion|encoder)\..*({'|'.join((*LORA_TARGETS, 'gate_up_proj'))})",
+    "fusion": rf"ecgmoe\.fusion\.({LORA_TARGETS})",
+    "all": r"ecgmoe\.(fusion|encoder)\..*([qkv]|out|up|down|pooled|gate_up)_proj",
 }
 
 

@@ -120,6 +120,9 @@ def _scale(config: dict[str, Any], name: str, rank: int) -> float:
 class StackedFusion(nn.Module):
     """The fusion of all adapters at once. Axes: a adapter, b record, p path, q query, h head, n element, d channel.
 
+    What no adapter changes of the first level's values is computed by one product for all of them; where one does,
+    each has its own (g, the groups: 1 or a).
+
     `forward` returns the embeddings (a, b, record_size) that each adapter's own fusion would give.
     """
 
@@ -129,12 +132,15 @@ class StackedFusion(nn.Module):
         self.heads = fusion.attention.heads
         num_queries, size = fusion.get_parameter(f"pooling.{self.paths[0]}.queries").shape
         self.shape = (len(adapters), len(self.paths), num_queries, size)
+        parts = ("v_proj", "out_proj")
+        on_values = {f"pooling.{path}.attention.{part}" for path in self.paths for part in parts}
+        self.groups = len(adapters) if any(on_values & one.lora.keys() for one in adapters) else 1
 
-        def merged(name: str) -> tuple[Tensor, Tensor]:
+        def merged(name: str, of: Sequence[AdapterWeights] = adapters) -> tuple[Tensor, Tensor]:
             """Weights (a, out, in) and bias (out,) of a layer, 0 where it has none."""
             layer = fusion.get_submodule(name)
             assert isinstance(layer, nn.Linear)
-            weights = torch.stack([one.weight_of(name, layer.weight) for one in adapters])
+            weights = torch.stack([one.weight_of(name, layer.weight) for one in of])
             return weights, weights.new_zeros(layer.out_features) if layer.bias is None else layer.bias
 
         kept: dict[str, Tensor] = {}
@@ -148,12 +154,12 @@ class StackedFusion(nn.Module):
             kept[f"asked_{path}"] = torch.einsum(
                 "aqhc,ahcd->ahqd", queries, key.unflatten(1, (self.heads, -1))
             ).flatten(0, 2)
-            (value, bias), (mix, bias_of_mix) = merged(f"{prefix}v_proj"), merged(f"{prefix}out_proj")
+            (value, bias), (mix, bias_of_mix) = (merged(f"{prefix}{part}", adapters[: self.groups]) for part in parts)
             values.append(value.unflatten(1, (self.heads, -1)).transpose(2, 3).flatten(0, 1))
-            value_bias.append(bias.view(self.heads, 1, -1).repeat(len(adapters), 1, 1))
+            value_bias.append(bias.view(self.heads, 1, -1).repeat(self.groups, 1, 1))
             mixes.append(mix.transpose(1, 2))
             # What is added to what a query has found: the bias, and the query itself.
-            mix_bias.append((bias_of_mix + pooling.queries).expand(len(adapters), -1, -1))
+            mix_bias.append((bias_of_mix + pooling.queries).expand(self.groups, -1, -1))
             kept[f"norm_{path}_weight"], kept[f"norm_{path}_bias"] = pooling.norm.weight, pooling.norm.bias
         kept |= {
             "value": torch.cat(values),
@@ -161,10 +167,9 @@ class StackedFusion(nn.Module):
             "mix": torch.cat(mixes),
             "mix_bias": torch.cat(mix_bias),
         }
-        pooled, pooled_bias = merged("pooled_proj")
-        kept |= {"pooled": pooled.flatten(0, 1), "pooled_bias": pooled_bias.repeat(len(adapters))}
         # Merged, the weights of these layers would be read from memory once for each adapter.
         layers = {
+            "pooled": ["pooled_proj"],
             "qkv": ["attention.q_proj", "attention.k_proj", "attention.v_proj"],
             "attended": ["attention.out_proj"],
             "up": ["up_proj"],
@@ -173,6 +178,8 @@ class StackedFusion(nn.Module):
         }
         for name, names in layers.items():
             kept |= _side_by_side(name, names, fusion, adapters)
+        touched = {name for one in adapters for name in one.lora}
+        self.adapted = {name for name, names in layers.items() if touched & set(names)}
         for name in ("norm1", "norm2", "norm"):
             kept[f"{name}_weight"] = fusion.get_parameter(f"{name}.weight")
             kept[f"{name}_bias"] = fusion.get_parameter(f"{name}.bias")
@@ -190,15 +197,18 @@ class StackedFusion(nn.Module):
         tokens, mask = memories["tokens"]
         batch = tokens.shape[0]
         found = torch.stack([self._pooled(path, *memories[path]) for path in self.paths])
-        # (p, b, a * h * q, d) to (p * a * h, b * q, d)
-        found = found.unflatten(2, (num_adapters * self.heads, num_queries)).permute(0, 2, 1, 3, 4)
-        found = torch.baddbmm(self.value_bias, found.reshape(-1, batch * num_queries, size), self.value)
-        found = found.view(num_paths * num_adapters, self.heads, batch * num_queries, -1).transpose(1, 2).flatten(2)
-        found = torch.bmm(found, self.mix).view(-1, batch, num_queries, size) + self.mix_bias[:, None]
+        # (p, b, a * h * q, d) to (p * g * h, a / g * b * q, d)
+        rows = num_adapters // self.groups * batch * num_queries
+        found = found.view(num_paths, batch, self.groups, -1, self.heads, num_queries, size)
+        found = found.permute(0, 2, 4, 3, 1, 5, 6)
+        found = torch.baddbmm(self.value_bias, found.reshape(-1, rows, size), self.value)
+        found = found.view(-1, self.heads, rows, size // self.heads).transpose(1, 2).flatten(2)
+        found = torch.bmm(found, self.mix).view(num_paths * self.groups, -1, num_queries, size)
+        found = found + self.mix_bias[:, None]
         found = found.view(num_paths, num_adapters, batch, num_queries, size).permute(1, 2, 0, 3, 4).flatten(2, 3)
         extent = mean_and_max(tokens, mask)
-        pooled = functional.linear(extent, self.pooled, self.pooled_bias).view(batch, num_adapters, 1, size)
-        hidden = torch.cat([found, pooled.transpose(0, 1)], dim=2).flatten(1, 2)
+        pooled = self._adapted("pooled", extent[None]).expand(num_adapters, -1, -1)
+        hidden = torch.cat([found, pooled.unsqueeze(2)], dim=2).flatten(1, 2)
         num_states = hidden.shape[1] // batch
 
         normed = functional.layer_norm(hidden, (size,), self.norm1_weight, self.norm1_bias)
@@ -218,9 +228,13 @@ class StackedFusion(nn.Module):
         return functional.layer_norm(out, out.shape[-1:], self.norm_weight, self.norm_bias)
 
     def _adapted(self, name: str, x: Tensor) -> Tensor:
-        """x (a, rows, inputs) through a layer and what each adapter adds to it."""
+        """x (a, rows, inputs), or (1, rows, inputs) for all adapters, through a layer and what each adds to it."""
         shared = functional.linear(x, getattr(self, name), getattr(self, f"{name}_bias"))
-        return torch.baddbmm(shared, torch.bmm(x, getattr(self, f"{name}_a")), getattr(self, f"{name}_b"))
+        if name not in self.adapted:
+            return shared
+        num_adapters = self.shape[0]
+        low = torch.bmm(x.expand(num_adapters, -1, -1), getattr(self, f"{name}_a"))
+        return torch.baddbmm(shared.expand(num_adapters, -1, -1), low, getattr(self, f"{name}_b"))
 
     def _pooled(self, path: str, memory: Tensor, mask: Tensor) -> Tensor:
         """What each adapter's queries gather from a path, before values are projected: (b, a * h * q, d)."""

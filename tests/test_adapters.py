@@ -86,8 +86,11 @@ def test_only_the_lora_of_the_fusion_and_the_tasks_head_train(task: Task) -> Non
         in_fusion = ".ecgmoe.fusion." in name and ".lora_" in name
         in_head = f".heads.head_{task.name}.modules_to_save." in name
         assert in_fusion or in_head, name
-    kinds = {name.split(".lora_")[0].split(".")[-1] for name in trained if ".lora_" in name}
-    assert kinds == {"q_proj", "k_proj", "v_proj", "out_proj", "up_proj", "down_proj", "pooled_proj"}
+    layers = {
+        name.split(".lora_")[0].split(".fusion.")[-1].removesuffix("_proj") for name in trained if ".lora_" in name
+    }
+    asked = {f"pooling.{path}.attention.{part}" for path in ("tokens", "morphology", "rhythm") for part in "qk"}
+    assert layers == asked | {f"attention.{part}" for part in ("q", "k", "v", "out")} | {"up", "down", "out"}
 
 
 def test_training_an_adapter_changes_nothing_but_the_adapter(batch: dict[str, Tensor]) -> None:

@@ -21,7 +21,7 @@ from modeling_ecgmoe.configuration_ecgmoe import EcgMoeConfig
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.folding import folded
 from modeling_ecgmoe.leads import LEADS
-from modeling_ecgmoe.lora import save_adapter
+from modeling_ecgmoe.lora import LORA_SCOPES, save_adapter
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeForTasks
 from modeling_ecgmoe.tasks import TASKS
 
@@ -130,6 +130,8 @@ LORA_KINDS: dict[str, dict[str, Any]] = {
     "rank-stabilised": {"r": 4, "use_rslora": True},
     "a pattern": {"r": 2, "rank_pattern": {"up_proj": 6}, "alpha_pattern": {"fusion.attention.q_proj": 40}},
     "the widest layer alone": {"target_modules": r"ecgmoe\.fusion\.out_proj"},
+    "the values of one path": {"target_modules": r"ecgmoe\.fusion\.pooling\.rhythm\.attention\.v_proj"},
+    "everything in the fusion": {"target_modules": r"ecgmoe\.fusion\..*_proj"},
 }
 
 
@@ -145,8 +147,7 @@ def test_lora_of_other_ranks_and_layers_answers_as_peft_does(hub: Path, tmp_path
 
 def adapted_with(**options: Any) -> PeftModel:
     """A tiny model with an adapter of the sex task that changes its answers."""
-    targets = r"ecgmoe\.fusion\..*(q_proj|k_proj|v_proj|out_proj|up_proj|down_proj|pooled_proj)"
-    config = LoraConfig(**({"target_modules": targets, "modules_to_save": ["head_sex"]} | options))
+    config = LoraConfig(**({"target_modules": LORA_SCOPES["fusion"], "modules_to_save": ["head_sex"]} | options))
     adapted = get_peft_model(tiny_model(), config, adapter_name="sex")
     torch.manual_seed(1)
     for name, parameter in adapted.named_parameters():
