@@ -1,6 +1,5 @@
 """Recordings in memory for training: prepared once, cropped and disturbed anew in every step, or encoded."""
 
-import copy
 import hashlib
 import inspect
 import json
@@ -9,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import datasets
 import numpy as np
@@ -411,26 +410,3 @@ def _same_length(values: list[Tensor]) -> list[Tensor]:
         return values
     longest = max(value.shape[1] for value in values)
     return [functional.pad(v, (0, 0) * (v.ndim - 2) + (0, longest - v.shape[1])) for v in values]
-
-
-AnyRecords = TypeVar("AnyRecords", Records, EncodedRecords)
-
-
-def part_of(records: AnyRecords, index: np.ndarray) -> AnyRecords:
-    """Some of the records, as a data set of its own; what is held of their signals is copied.
-
-    Args:
-        index: (n,) of the records, each once; the part has them in rising order.
-    """
-    chosen = torch.from_numpy(np.sort(np.asarray(index, dtype=np.int64)))
-    windows = torch.isin(records.record_of, chosen)
-    part = copy.copy(records)
-    part.record_of = torch.searchsorted(chosen, records.record_of[windows])
-    part.labels = {name: values[chosen] for name, values in records.labels.items()}
-    for name in ("signal", "encoded"):
-        if hasattr(records, name):
-            setattr(part, name, {key: value[windows] for key, value in getattr(records, name).items()})
-    for name in ("record_ids", "patient_ids"):
-        if hasattr(records, name):
-            setattr(part, name, [getattr(records, name)[i] for i in chosen])
-    return part

@@ -100,26 +100,20 @@ def fit_on_splits(
 ) -> dict[str, float]:
     """Train a model on the training split, with the words of its reports where asked for."""
     model.tasks |= reweighted(model.tasks, json.loads(arguments.loss_weights))
+    tasks = list(model.tasks.values())
     with accelerator.main_process_first():
-        train, validation = splits_for(model, extractor, data, arguments)
+        rows = load_split(data, "train")
+        validation = Records(load_split(data, "validation"), extractor, tasks, data.num_proc)
+        if arguments.report_weight:
+            rows, words = add_report_words(rows, arguments.report_weight, arguments.report_min_count)
+            model.add_task(words)
+            tasks.append(words)
+        train = Records(rows, extractor, tasks, data.num_proc)
         if arguments.soft_labels:
-            soften(train, list(model.tasks.values()), arguments.soft_labels, arguments.soft_share)
+            soften(train, tasks, arguments.soft_labels, arguments.soft_share)
     if arguments.model is None:
         start_at_base_rates(model, train.labels)
     return fit(model, extractor, train, validation, data, arguments, accelerator)
-
-
-def splits_for(
-    model: Any, extractor: EcgMoeFeatureExtractor, data: DataArguments, arguments: TrainingArguments
-) -> tuple[Records, Records]:
-    """Training and validation split with the targets of the model's tasks; where asked for, the words of the training
-    reports become one of these tasks."""
-    rows = load_split(data, "train")
-    validation = Records(load_split(data, "validation"), extractor, list(model.tasks.values()), data.num_proc)
-    if arguments.report_weight:
-        rows, words = add_report_words(rows, arguments.report_weight, arguments.report_min_count)
-        model.add_task(words)
-    return Records(rows, extractor, list(model.tasks.values()), data.num_proc), validation
 
 
 def reweighted(tasks: dict[str, Task], weights: dict[str, float]) -> dict[str, Task]:

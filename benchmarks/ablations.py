@@ -34,7 +34,7 @@ from safetensors.numpy import load_file, save_file
 from sklearn.model_selection import GroupShuffleSplit
 
 from adaptation import AdaptArguments, fit_adapter
-from benchmarks.few_labels import short
+from benchmarks.few_labels import part_of, short
 from benchmarks.quality import origin
 from evaluation import predict_logits
 from head_start import start_at_base_rates
@@ -44,7 +44,7 @@ from modeling_ecgmoe.lora import lora_model
 from modeling_ecgmoe.metrics import bootstrap_difference, bootstrap_interval
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeForTasks
 from modeling_ecgmoe.tasks import TASKS, Task, find_task
-from records import DataArguments, EncodedRecords, Records, load_split, part_of
+from records import DataArguments, EncodedRecords, Records, load_split
 from train import TrainingArguments, accelerator_for, fit
 
 logger = logging.getLogger(__name__)

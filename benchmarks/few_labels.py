@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import datasets
 import numpy as np
@@ -42,18 +42,7 @@ from modeling_ecgmoe.lora import lora_model
 from modeling_ecgmoe.metrics import bootstrap_difference, bootstrap_interval, find_metric
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeForTasks
 from modeling_ecgmoe.tasks import TASKS, Task
-from records import (
-    DataArguments,
-    EncodedRecords,
-    Records,
-    as_is,
-    batches,
-    crop,
-    disturb,
-    load_split,
-    mean_of_windows,
-    part_of,
-)
+from records import DataArguments, EncodedRecords, Records, as_is, batches, crop, disturb, load_split, mean_of_windows
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +117,28 @@ class FewLabelsArguments:
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
+
+AnyRecords = TypeVar("AnyRecords", Records, EncodedRecords)
+
+
+def part_of(records: AnyRecords, index: np.ndarray) -> AnyRecords:
+    """Some of the records, as a data set of its own; what is held of their signals is copied.
+
+    Args:
+        index: (n,) of the records, each once; the part has them in rising order.
+    """
+    chosen = torch.from_numpy(np.sort(np.asarray(index, dtype=np.int64)))
+    windows = torch.isin(records.record_of, chosen)
+    part = copy.copy(records)
+    part.record_of = torch.searchsorted(chosen, records.record_of[windows])
+    part.labels = {name: values[chosen] for name, values in records.labels.items()}
+    for name in ("signal", "encoded"):
+        if hasattr(records, name):
+            setattr(part, name, {key: value[windows] for key, value in getattr(records, name).items()})
+    for name in ("record_ids", "patient_ids"):
+        if hasattr(records, name):
+            setattr(part, name, [getattr(records, name)[i] for i in chosen])
+    return part
 
 
 def add_labels(records: Records, rows: datasets.Dataset, held_out: HeldOut) -> None:

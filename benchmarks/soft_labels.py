@@ -1,10 +1,9 @@
 r"""What trained models answer for the training split, on average: targets for `train.py pretrain --soft_labels FILE`.
 
     python -m benchmarks.soft_labels --data_dir ptb-xl --models hub/model runs/plain_cnn/model \
-        --answers runs/cross_fit.safetensors --out runs/soft.safetensors
+        --out runs/soft.safetensors
 
-Probabilities and values are averaged, not logits. Recordings are read whole and undisturbed. `--answers` are of
-`benchmarks.cross_fit`: of networks that had not seen the recording.
+Probabilities and values are averaged, not logits. Recordings are read whole and undisturbed.
 """
 
 import argparse
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from benchmarks.plain_cnn import PlainCnn
 from evaluation import predict_logits
@@ -41,8 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     """Write the mean answers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data_dir", default="")
-    parser.add_argument("--models", nargs="*", default=[])
-    parser.add_argument("--answers", nargs="*", default=[], help="files of answers that count as a model's each")
+    parser.add_argument("--models", nargs="+", required=True)
     parser.add_argument("--split", default="train")
     parser.add_argument("--max_records", type=int)
     parser.add_argument("--out", required=True)
@@ -54,9 +52,6 @@ def main(argv: list[str] | None = None) -> None:
     for model in models:
         for name, logits in predict_logits(model, records, torch.device("cpu")).items():
             answers.setdefault(name, []).append(TASKS[name].answers(logits))
-    for file in options.answers:
-        for name, values in load_file(file).items():
-            answers.setdefault(name, []).append(values.numpy())
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     save_file(
         {name: torch.from_numpy(np.mean(each, axis=0).astype(np.float32)) for name, each in answers.items()},

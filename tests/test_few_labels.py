@@ -15,7 +15,7 @@ from benchmarks import few_labels
 from benchmarks.few_labels import ADAPTER, CNN, HEART_AXIS, PROBE, FewLabelsArguments
 from benchmarks.tables import KEYS, render_table
 from modeling_ecgmoe.tasks import Task
-from records import Records, part_of
+from records import Records
 
 SIDE = Task("side", "multi_class", "which way the QRS complex points", "side", ("flat", "up", "down"))
 
@@ -49,7 +49,7 @@ def synthetic_records(count: int, seed: int = 0, windows: int = 1) -> Records:
 
 def test_a_part_keeps_windows_labels_and_names_of_its_records() -> None:
     records = synthetic_records(6, windows=2)
-    part = part_of(records, np.array([4, 1]))
+    part = few_labels.part_of(records, np.array([4, 1]))
     assert part.record_ids == ["r1", "r4"]
     assert part.record_of.tolist() == [0, 0, 1, 1]
     assert part.patient_ids == ["p0", "p2"]

@@ -11,13 +11,9 @@ from safetensors.torch import load_file, save_file
 from tiny_model import save_tiny_model
 
 import train
-from benchmarks import cross_fit
 from benchmarks import soft_labels as writer
 from benchmarks.plain_cnn import PlainCnn
-from evaluation import predict_logits
-from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.tasks import TASKS
-from records import DataArguments, Records, load_split
 from soft_labels import soften
 
 TASKS_USED = [TASKS[name] for name in ("age", "sex", "rr_interval")]
@@ -72,30 +68,3 @@ def test_answers_of_several_models_are_averaged_and_learned_from(mini_ptb_xl: Pa
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no model"):
         writer.load_model(tmp_path)
-
-
-def test_each_record_is_answered_by_the_network_that_has_not_seen_it(mini_ptb_xl: Path, tmp_path: Path) -> None:
-    how = ["--data_dir", str(mini_ptb_xl), "--max_steps", "2", "--batch_size", "4", "--output_dir", str(tmp_path)]
-    cross_fit.main([*how, "--parts", "3", "--out", str(tmp_path / "unseen.safetensors")])
-    answers = load_file(tmp_path / "unseen.safetensors")
-    data = DataArguments(data_dir=str(mini_ptb_xl))
-    rows = load_split(data, "train")
-    folds = np.array(rows.with_format(None)["fold"][:])
-    prepared = Records(rows, EcgMoeFeatureExtractor(), [TASKS["age"]])
-    nets = [PlainCnn.from_pretrained(tmp_path / f"part_{number}/model") for number in range(3)]
-    each = [TASKS["age"].answers(predict_logits(net, prepared, torch.device("cpu"))["age"]) for net in nets]
-    assert np.ptp(np.stack(each), axis=0).min() > 0
-    part = np.searchsorted([4, 7], folds, side="right")  # folds 1 to 3, 4 to 6, 7 and 8
-    assert set(part) == {0, 1, 2}
-    expected = np.stack(each)[part, np.arange(len(part))]
-    np.testing.assert_allclose(answers["age"].numpy(), expected, atol=1e-3)
-
-    how = ["--data_dir", str(mini_ptb_xl), "--models", str(tmp_path / "part_0/model")]
-    writer.main([*how, "--answers", str(tmp_path / "unseen.safetensors"), "--out", str(tmp_path / "mean.safetensors")])
-    mean = load_file(tmp_path / "mean.safetensors")["age"].numpy()
-    np.testing.assert_allclose(mean, (expected + each[0]) / 2, atol=1e-3)
-
-
-def test_more_parts_than_folds_are_refused() -> None:
-    with pytest.raises(ValueError, match="parts must lie between 2 and 8, the number of training folds, found 9"):
-        cross_fit.parts_of(np.arange(1, 9), 9)
