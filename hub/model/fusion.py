@@ -11,8 +11,8 @@ from .configuration_ecgmoe import EcgMoeConfig
 from .encoder import EcgMoeEncoderOutput
 from .temporal import STEM_FAMILIES, Attention, DropPath, SelfAttention, mean_and_max
 
-# The linear layers that a task's LoRA adapts. Of the first level that is what its queries ask for, which inference folds
-# into constants; its values stay the same for all tasks, so that they are computed once.
+# The linear layers that a task's LoRA adapts. Of the first level that is what its queries ask for, which inference
+# folds into constants; its values stay the same for all tasks, so that they are computed once.
 LORA_TARGETS = r"pooling\.\w+\.attention\.[qk]_proj|attention\.([qkv]|out)_proj|up_proj|down_proj|out_proj"
 
 
