@@ -227,9 +227,9 @@ def fit_adapter(
 ) -> None:
     """Train LoRA and head of one task in place, and keep the epoch of the best metric on validation, of equals that of
     the lowest loss; none may be the best. The backbone stays as it is, its batch statistics too."""
-    loader = DataLoader(
-        train, arguments.batch_size, shuffle=True, drop_last=len(train) > arguments.batch_size, collate_fn=as_is
-    )
+    # A last batch is left out only where whole ones remain for every process.
+    drop_last = len(train) >= arguments.batch_size * accelerator.num_processes
+    loader = DataLoader(train, arguments.batch_size, shuffle=True, drop_last=drop_last, collate_fn=as_is)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained.values(), lr=arguments.learning_rate, weight_decay=arguments.weight_decay)
     prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,8 @@ def write_log(accelerator: Accelerator, output_dir: Path, line: dict[str, Any]) 
         return
     output_dir.mkdir(parents=True, exist_ok=True)
     rounded = {key: round(value, 5) if isinstance(value, float) else value for key, value in line.items()}
+    # NaN is not JSON.
+    rounded = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in rounded.items()}
     with (output_dir / "log.jsonl").open("a") as log:
         log.write(json.dumps(rounded) + "\n")
     accelerator.print(json.dumps(rounded))

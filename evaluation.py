@@ -4,6 +4,7 @@
 """
 
 import json
+import logging
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ from modeling_ecgmoe.adapters import MultiTask
 from modeling_ecgmoe.metrics import MetricResult, bootstrap_interval
 from modeling_ecgmoe.tasks import TASKS, Task
 from records import DataArguments, EncodedRecords, Records, batches, load_split, mean_of_windows
+
+logger = logging.getLogger(__name__)
 
 
 @torch.inference_mode()
@@ -73,17 +76,17 @@ def evaluate(data: DataArguments, arguments: EvaluateArguments) -> dict[str, Met
     tasks = [card.task for card in many.cards.values()]
     records = Records(load_split(data, arguments.split), many.extractor, tasks, data.num_proc)
     logits = predict_adapters(many, records)
-    results = {
-        task.name: bootstrap_interval(
-            task.metric,
-            records.labels[task.name].numpy(),
-            task.answers(logits[task.name]),
-            resamples=arguments.resamples,
-            groups=records.patient_ids,
-        )
-        for task in tasks
-        if task.name in records.labels
-    }
+    results = {}
+    for task in tasks:
+        if task.name not in records.labels:
+            continue
+        labels, answers = records.labels[task.name].numpy(), task.answers(logits[task.name])
+        try:
+            results[task.name] = bootstrap_interval(
+                task.metric, labels, answers, resamples=arguments.resamples, groups=records.patient_ids
+            )
+        except ValueError as error:  # one task without two classes does not lose the others
+            logger.warning("task %s is left out: %s", task.name, error)
     for name, result in results.items():
         print(f"{name:12} {result.metric:12} {result.value:.4f} ({result.low:.4f} to {result.high:.4f}), n={result.n}")
     if arguments.out:

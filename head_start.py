@@ -45,7 +45,9 @@ def start_at_base_rates(model: Any, labels: dict[str, Tensor]) -> None:
         task = model.tasks.get(name)
         if task is not None and task.kind != "regression":
             share = values.nanmean(dim=0).clamp(1e-4, 1 - 1e-4)
-            model.heads[f"head_{name}"].bias.copy_(share.log() if task.kind == "multi_class" else torch.logit(share))
+            bias = model.heads[f"head_{name}"].bias
+            start = share.log() if task.kind == "multi_class" else torch.logit(share)
+            bias.copy_(torch.where(start.isfinite(), start.to(bias), bias))  # nothing is known of a label without any
 
 
 def start_linearly(model: EcgMoeForTasks, task: Task, train: Records | EncodedRecords, seed: int = 0) -> None:

@@ -249,7 +249,11 @@ def crop(signal: dict[str, Tensor], samples: int, sampling_rate: int) -> dict[st
     batch, leads, total = values.shape
     if total <= samples:
         return signal
+    # Within what is real: a short recording is padded at its end.
+    moments = torch.arange(1, total + 1, device=values.device)
+    real = (signal["sample_mask"] * moments).amax(dim=1)
     start = torch.randint(0, total - samples + 1, (batch,), device=values.device)
+    start = start % ((real - samples).clamp(min=0) + 1)
     index = start[:, None] + torch.arange(samples, device=values.device)
     peaks = signal["r_peaks"] - start[:, None]
     peaks = torch.where((signal["r_peaks"] >= 0) & (peaks >= 0) & (peaks < samples), peaks, torch.inf)

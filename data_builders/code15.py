@@ -34,6 +34,7 @@ LABELS = ("1dAVb", "RBBB", "LBBB", "SB", "ST", "AF")
 # What the labels about rhythm are in PTB-XL's statements. A normal ECG is one in sinus rhythm.
 ARRHYTHMIA = {"SB": "SBRAD", "ST": "STACH", "AF": "AFIB", "normal_ecg": "SR"}
 MAX_PART_BYTES = 2**33  # a part has some 20,000 recordings, 4 GB
+_MOST_COMPRESSED = 1000  # times: what claims to hold more for its size is no data set
 _CACHED_BYTES = 2**26  # of decompressed chunks, so that rows read in order unpack each chunk once
 _PART = re.compile(r"exams_part\d{1,3}\.hdf5")
 
@@ -181,7 +182,16 @@ def find_exams(path: Path) -> dict[int, int]:
         return {}
     try:
         with h5py.File(path, "r") as file:
-            ids, shape = np.asarray(file["exam_id"][:]).ravel(), file["tracings"].shape
+            found, tracings = file["exam_id"], file["tracings"]
+            shape = tracings.shape
+            if any(each.external or each.is_virtual for each in (found, tracings)) or found.size != shape[0]:
+                raise ValueError(
+                    f"{path} must hold as many exam_id as tracings, both in the file itself; found {found.shape} and "
+                    f"{shape}; copy it again"
+                )
+            if found.nbytes > path.stat().st_size * _MOST_COMPRESSED:
+                raise ValueError(f"{path} claims {found.size} exams in {path.stat().st_size} bytes; copy it again")
+            ids = np.asarray(found[:]).ravel()
     except (OSError, KeyError, RuntimeError) as error:
         raise ValueError(f"{path} is no whole HDF5 file with exam_id and tracings ({error}); copy it again") from error
     if shape != (len(ids), NUM_SAMPLES, len(LEADS)) or ids.dtype.kind not in "iu":

@@ -197,8 +197,10 @@ def read_table(path: Path, columns: dict[str, str]) -> list[dict[str, str]]:
 def _state_of(table: Path, rows: list[dict[str, str]], folder: Path, path_column: str) -> str:
     """A short digest of the table, of the state of each of its files and of the code that reads them."""
     digest = hashlib.sha256(table.read_bytes())
-    for code in [Path(__file__), *sorted(Path(ecg_files.__file__).parent.glob("*_files.py"))]:
-        digest.update(code.read_bytes())
+    for pattern in ("leads.py", "recording.py", "*_files.py"):
+        for code in sorted(Path(ecg_files.__file__).parent.glob(pattern)):
+            digest.update(code.read_bytes())
+    digest.update(Path(__file__).read_bytes())
     for row in rows:
         path = folder / row[path_column].strip()
         for file in (path, *(path.with_suffix(suffix) for suffix in (".hea", ".dat", ".mat"))):  # a WFDB record

@@ -32,7 +32,7 @@ URL_VARIABLES = {"physionet": "ECGMOE_PHYSIONET_URL", "zenodo": "ECGMOE_ZENODO_U
 _URLS = {"physionet": PHYSIONET_URL, "zenodo": ZENODO_URL}
 _BATCH_BYTES = 2**24  # of signal, kept in memory by each writing process
 # The files of `modeling_ecgmoe` that have a part in a row.
-_READING_CODE = ("leads.py", "tasks.py", "*_files.py")
+_READING_CODE = ("leads.py", "recording.py", "tasks.py", "*_files.py")
 
 
 @dataclass(frozen=True)

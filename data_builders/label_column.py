@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -141,6 +142,12 @@ def _scale(column: str, known: list[str]) -> dict[str, float]:
     if None in numbers:
         odd = known[numbers.index(None)]
         raise ValueError(f"the column {column!r} holds {odd!r}, and a regression needs numbers; choose another --kind")
+    commas = [text for text in known if "," in text]
+    if commas and all(_THOUSANDS.fullmatch(text.strip()) for text in commas):
+        raise ValueError(
+            f"the column {column!r} holds {commas[0]!r}, which may be {commas[0].replace(',', '')} or "
+            f"{commas[0].replace(',', '.', 1)}; write numbers without thousands separators, and decimals with a point"
+        )
     values = np.array(numbers, dtype=np.float64)
     if len(set(numbers)) < 2:
         raise ValueError(_nothing_to_learn(column, known))
@@ -150,6 +157,9 @@ def _scale(column: str, known: list[str]) -> dict[str, float]:
 def _nothing_to_learn(column: str, known: list[str]) -> str:
     found = f"only {known[0]!r}" if known else "no label"
     return f"the column {column!r} holds {found} in the training split, so there is nothing to learn; check the table"
+
+
+_THOUSANDS = re.compile(r"[+-]?[1-9]\d{0,2}(,\d{3})+")
 
 
 def _number(text: str) -> float | None:

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import lzma
 import re
 import sys
 import zipfile
@@ -74,7 +75,15 @@ def read_npz(path: Path, facts: Facts) -> Ecg:
                     raise EcgFileError(f"{name} is larger than {8 * MAX_VALUES} bytes; cut it into shorter records")
                 with archive.open(info) as member:
                     arrays[name] = _parse_npy(member.read(info.file_size))
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, OSError, zlib.error) as error:
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        zlib.error,
+        lzma.LZMAError,
+    ) as error:
         raise EcgFileError(f"this is not a whole NPZ archive ({shown(error)}); save it with numpy.savez") from error
     if "signal" not in arrays:
         raise EcgFileError("the archive holds no array named 'signal'; save it with numpy.savez(path, signal=...)")
@@ -148,20 +157,25 @@ def read_table(path: Path, facts: Facts) -> Ecg:
     columns = [i for i, (name, _) in enumerate(names_units) if find_lead(name) is not None]
     if not columns:
         raise EcgFileError(f"its columns {shown(header)} name none of the leads {', '.join(LEADS)}; rename them")
-    units = {unit for i in columns if (unit := names_units[i][1]) is not None}
+    units = {names_units[i][1] for i in columns}
     if len(units) > 1:
-        raise EcgFileError(f"its columns have several units {sorted(units)}; write all leads in one unit")
+        found = ", ".join(sorted(unit or "none" for unit in units))
+        raise EcgFileError(
+            f"its columns have several units ({found}); write all leads in one unit, and say it of each"
+        )
     rate = next((r for i, (name, unit) in enumerate(names_units) if (r := _rate_of(name, unit, values[i]))), None)
     names = [names_units[i][0] for i in columns]
     return ecg_of_array(values[columns], facts, rate, names, next(iter(units), None))
 
 
 def looks_like_table(path: Path) -> bool:
-    """Whether the first line of a table names leads and holds no number."""
+    """Whether the first line of a table, but for blank ones and comments, names leads and holds no number."""
     with path.open("rb") as file:
-        line = file.readline(2**16)
+        lines = io.BytesIO(file.read(2**16)).readlines()
     try:
-        cells = _split_line(line.decode("utf-8-sig"), path.suffix.lower())
+        texts = [line.decode("utf-8-sig") for line in lines]
+        line = next((text for text in texts if text.strip() and not text.startswith("#")), "")
+        cells = _split_line(line, path.suffix.lower())
     except UnicodeDecodeError:
         return False
     return any(find_lead(_split_unit(c)[0]) for c in cells) and not any(_is_number(c) for c in cells)

@@ -172,7 +172,8 @@ def embed(args: argparse.Namespace) -> int:
     from .embeddings import EmbeddingTable
 
     try:
-        with EmbeddingTable(args.out, many.base, many.config.record_size, args.resume) as table:
+        asked = [str(path) for path in paths]
+        with EmbeddingTable(args.out, many.base, many.config.record_size, args.resume, asked) as table:
             paths = [path for path in paths if str(path) not in table.done]
             return ask_records(args, many, paths, facts, table.write, "embedded")
     except OSError as error:

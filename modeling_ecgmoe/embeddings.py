@@ -14,7 +14,7 @@ The schema's metadata holds `base`, the fingerprint of the model: vectors of two
 
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -56,16 +56,16 @@ class EmbeddingTable:
         path: the file.
         base: fingerprint of the model, see `adapters.fingerprint`.
         size: numbers of an embedding.
-        resume: take over from the file what it has answered; the others are asked again.
+        resume: take over from the file what it has answered, and its errors but for those of paths in `asked`.
 
     Attributes:
-        done: the paths that were taken over.
+        done: the paths that it has answered.
 
     Raises:
         CommandError: pyarrow is missing, or the file cannot be resumed.
     """
 
-    def __init__(self, path: Path, base: str, size: int, resume: bool = False) -> None:
+    def __init__(self, path: Path, base: str, size: int, resume: bool = False, asked: Iterable[str] = ()) -> None:
         try:
             import pyarrow as pa
             import pyarrow.parquet as pq
@@ -89,14 +89,14 @@ class EmbeddingTable:
         self.path, self.part = path, path.with_name(path.name + ".part")
         self.rows: list[dict[str, Any]] = []
         self.done: set[str] = set()
-        kept = self._answered(base) if resume and path.exists() else None
+        kept = self._kept(base, asked) if resume and path.exists() else None
         self.writer = pq.ParquetWriter(self.part, self.schema)
         if kept is not None:
-            self.done = set(kept["path"].to_pylist())
+            self.done = {row["path"] for row in kept.select(["path", "status"]).to_pylist() if row["status"] == "ok"}
             self.writer.write_table(kept)
 
-    def _answered(self, base: str) -> Any:
-        """The rows of the file that have an embedding."""
+    def _kept(self, base: str, asked: Iterable[str]) -> Any:
+        """The rows of the file that have an embedding, and the errors of files that are not asked again."""
         import pyarrow as pa
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
@@ -111,7 +111,8 @@ class EmbeddingTable:
                 f"--out {self.path} holds embeddings of another model ({found or 'unknown'}, this one is {base}); "
                 "name another file"
             )
-        return table.filter(pc.equal(table["status"], "ok"))
+        is_asked = pc.is_in(table["path"], value_set=pa.array(list(asked), pa.string()))
+        return table.filter(pc.or_(pc.equal(table["status"], "ok"), pc.invert(is_asked)))
 
     def write(self, line: dict[str, Any]) -> None:
         """Add the line of one record."""

@@ -176,5 +176,5 @@ def add_prior(logits: Tensor, task: Task, period_s: Tensor) -> Tensor:
     """
     if not task.prior:
         return logits
-    measured = (period_s[:, None].to(logits.dtype) * 1000.0 - task.center) / task.spread
+    measured = ((period_s[:, None].float() * 1000.0 - task.center) / task.spread).to(logits.dtype)
     return torch.where(period_s[:, None] > 0, measured + CORRECTION_SHARE * logits, logits)

@@ -78,7 +78,8 @@ One for each task, named like it: logits, float32 (batch, outputs). Of a recordi
 {chr(10).join(tasks)}
 
 A regression is `logit * spread + center` in its unit, its interval `half_widths` to both sides (the key is the fewest
-leads it holds for), with `relative_widths` times (SD of the RR intervals + 10 ms) / their number. Classes are
+leads it holds for), with `relative_widths` times (SD of the RR intervals + 10 ms) / their number; the package has
+other widths for groups of values, `group_half_widths` in the adapter's card. Classes are
 `sigmoid((logit + shift) / temperature)`, or the softmax of a multi class task; a label is given from its threshold on.
 All of it is in `tasks.json`.
 

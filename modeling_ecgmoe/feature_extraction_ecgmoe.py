@@ -11,7 +11,7 @@ from scipy.fft import dct, irfft
 from transformers import BatchFeature
 from transformers.feature_extraction_utils import FeatureExtractionMixin
 
-from .beats import autocorrelation_period_s, find_r_peaks, mean_rr_s, rise, rr_intervals
+from .beats import autocorrelation_period_s, find_r_peaks, mean_or_nan, rise, rr_intervals, seen_intervals
 from .leads import LEADS, NUM_LEADS, arrange_leads, find_lead
 
 MIN_SAMPLING_RATE = 50.0
@@ -140,16 +140,18 @@ class EcgMoeFeatureExtractor(FeatureExtractionMixin):
         values_mv = np.clip(values_mv, -self.clip_mv, self.clip_mv) * (sample_known & lead_mask[:, None])
         # A top between samples may lie before the first one; negative is how padding is written.
         peaks_s = np.maximum(find_r_peaks(values_mv[lead_mask], self.sampling_rate)[: self.max_beats], 0.0)
-        period_s, source = mean_rr_s(peaks_s), "r_peaks"
+        is_seen = (sample_known & lead_mask[:, None]).any(axis=0)
+        known_rr_s = seen_intervals(rr_intervals(peaks_s), peaks_s, is_seen, self.sampling_rate)
+        period_s, source = mean_or_nan(known_rr_s), "r_peaks"
         if not math.isfinite(period_s):
             period_s, source = autocorrelation_period_s(values_mv[lead_mask], self.sampling_rate), "autocorrelation"
         if not math.isfinite(period_s):
             period_s, source = 0.0, "none"
-        rr_s = np.nan_to_num(np.concatenate([[np.nan], rr_intervals(peaks_s)])) if len(peaks_s) else np.empty(0)
+        rr_s = np.nan_to_num(np.concatenate([[np.nan], known_rr_s])) if len(peaks_s) else np.empty(0)
         return {
             "input_values": (values_mv / self.scale_mv).astype(np.float32),
             "lead_mask": lead_mask,
-            "sample_mask": (sample_known & lead_mask[:, None]).any(axis=0),
+            "sample_mask": is_seen,
             "r_peaks": (peaks_s * self.sampling_rate).astype(np.float32),
             "rr_intervals_s": rr_s.astype(np.float32),
             "period_s": np.float32(period_s),
@@ -181,14 +183,19 @@ class EcgMoeFeatureExtractor(FeatureExtractionMixin):
         return duration_s
 
     def windows(self, signal: np.ndarray, sampling_rate: float) -> list[np.ndarray]:
-        """Cut a recording of (leads, samples) into windows of `window_s` that cover it; the last two may overlap."""
+        """Cut a recording of (leads, samples) into windows of `window_s`; the last two may overlap. A rest at the end
+        that is shorter than `min_duration_s` is left out."""
         length = round(self.window_s * sampling_rate)
-        if signal.shape[1] <= length:
-            return [signal]
-        starts = list(range(0, signal.shape[1] - length + 1, length))
-        if signal.shape[1] - (starts[-1] + length) >= self.min_duration_s * sampling_rate:
-            starts.append(signal.shape[1] - length)
-        return [signal[:, start : start + length] for start in starts]
+        return [signal[:, start : start + length] for start in self._starts(signal.shape[1], sampling_rate)]
+
+    def _starts(self, samples: int, sampling_rate: float) -> list[int]:
+        length = round(self.window_s * sampling_rate)
+        if samples <= length:
+            return [0]
+        starts = list(range(0, samples - length + 1, length))
+        if samples - (starts[-1] + length) >= self.min_duration_s * sampling_rate:
+            starts.append(samples - length)
+        return starts
 
     def prepare(self, signal: np.ndarray, sampling_rate: float, lead_names: Sequence[str]) -> Prepared:
         """Make a recording of any length ready: all its windows, and one report of them; see `__call__`.
@@ -198,18 +205,27 @@ class EcgMoeFeatureExtractor(FeatureExtractionMixin):
         """
         self.check(signal, sampling_rate)
         windows, refused = [], []
-        for window in self.windows(signal, sampling_rate):
+        beats, counted_to_s = 0, 0.0
+        cut = self.windows(signal, sampling_rate)
+        for window, start in zip(cut, self._starts(signal.shape[1], sampling_rate), strict=True):
             try:
                 windows.append(self.extract(window, sampling_rate, lead_names))
             except ValueError as error:
                 # One bad stretch of a long recording does not lose the rest.
                 refused.append(error)
+                continue
+            # Where windows overlap, beats count once.
+            start_s = start / sampling_rate
+            beats += int((start_s + windows[-1]["r_peaks"] / self.sampling_rate >= counted_to_s).sum())
+            counted_to_s = start_s + self.window_s
         if not windows:
             raise refused[0]
         quality = dict(windows[0]["quality"])
         flat = {lead for w in windows for lead in w["quality"]["flat_leads"]}
         quality["flat_leads"] = [lead for lead in LEADS if lead in flat]
-        quality["beats"] = sum(w["quality"]["beats"] for w in windows)
+        used = {lead for w in windows for lead in w["quality"]["leads"]}
+        quality["leads"] = [lead for lead in LEADS if lead in used]
+        quality["beats"] = beats
         for share in ("clipped", "missing"):
             quality[share] = round(float(np.mean([w["quality"][share] for w in windows])), 4)
         quality |= {"windows": len(windows), "windows_refused": len(refused)}

@@ -4,6 +4,7 @@ Inference reads what PEFT saved without it, see `stacking.py`.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -52,6 +53,9 @@ def save_adapter(model: PeftModel, card: AdapterCard, folder: Path) -> None:
     """Write an adapter in PEFT's format, with its card, directly into `folder`."""
     name = card.task.name
     folder.mkdir(parents=True, exist_ok=True)
+    # What was measured was another adapter's.
+    (folder / "results.json").unlink(missing_ok=True)
+    shutil.rmtree(folder / ".eval_results", ignore_errors=True)
     model.save_pretrained(folder, selected_adapters=[name])
     inner = folder / name
     if inner.is_dir():

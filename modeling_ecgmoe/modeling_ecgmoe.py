@@ -312,8 +312,8 @@ def task_loss(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
     if logits.shape != labels.shape:
         raise ValueError(f"task {task.name}: logits {tuple(logits.shape)} and labels {tuple(labels.shape)} must agree")
     known = torch.isfinite(labels)
-    labels = torch.where(known, labels, 0.0).to(logits.dtype)
-    logits = logits.float()
+    # In half precision a label far from nought is rounded by more than a task's spread.
+    labels, logits = torch.where(known, labels, 0.0).float(), logits.float()
     if task.kind == "regression":
         standard = (labels - task.center) / task.spread
         each = functional.smooth_l1_loss(logits, standard, reduction="none", beta=0.1)
@@ -321,8 +321,8 @@ def task_loss(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
         each = -(labels * functional.log_softmax(logits, dim=-1)).sum(dim=-1, keepdim=True)
         known = known.all(dim=-1, keepdim=True)
     else:
-        each = functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
-    return (each * known).sum() / known.sum().clamp(min=1)
+        each = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    return torch.where(known, each, 0.0).sum() / known.sum().clamp(min=1)
 
 
 EcgMoeConfig.register_for_auto_class()

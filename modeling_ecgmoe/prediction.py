@@ -88,8 +88,8 @@ def predict_records(
 ) -> Generator[dict[str, Any], None, None]:
     """The lines of many files, in their order.
 
-    Threads read ahead while the model works, and stop where what is ready fills two batches: memory does not grow with
-    the number of files.
+    Threads read ahead while the model works, a few files at a time, and stop where what is ready fills two batches:
+    memory does not grow with the number of files.
     """
     waiting = iter(paths)
     pending: deque[Future[LoadedRecord]] = deque()
@@ -98,11 +98,14 @@ def predict_records(
 
     def read_ahead() -> None:
         ready = sum(future.result().num_windows for future in pending if future.done())
-        while len(pending) < 2 * batch_size and ready < 2 * batch_size:
+        # Nobody knows how many windows a file will give before it is read, so few are under way at once.
+        under_way = sum(not future.done() for future in pending)
+        while len(pending) < 2 * batch_size and ready < 2 * batch_size and under_way < 2 * NUM_READERS:
             path = next(waiting, None)
             if path is None:
                 return
             pending.append(pool.submit(load_record, many, path, facts or FileFacts()))
+            under_way += 1
 
     try:
         read_ahead()

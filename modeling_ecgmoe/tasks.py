@@ -153,6 +153,8 @@ class Task:
         object.__setattr__(self, "labels", tuple(self.labels))
         if not self.name.isidentifier():
             raise ValueError(f"a task's name must be letters, digits and underscores, found {self.name!r}")
+        if self.name in ("weight", "bias"):  # PEFT could not tell the head from its own parameters
+            raise ValueError(f"a task cannot be called {self.name!r}; choose another name, such as body_{self.name}")
         if self.kind not in KINDS:
             raise ValueError(f"task {self.name}: kind must be one of {', '.join(KINDS)}, found {self.kind!r}")
         if self.kind == "regression" and self.labels:

@@ -99,6 +99,9 @@ class Typicality:
         return {"typicality": round(percentile, 1), "arm_electrodes_swapped": round(swapped, 4)}
 
 
+UNKNOWN_TYPICALITY: dict[str, Any] = {"typicality": None, "arm_electrodes_swapped": None}
+
+
 def _arrays() -> list[str]:
     return [field.name for field in fields(Typicality) if field.name != "base"]
 

@@ -90,9 +90,9 @@ def quality_text(line: dict[str, Any]) -> str:
     if quality["period_from"] != "r_peaks":
         parts.append(f"The heart's period comes from: {quality['period_from']}.")
     parts += [f"{quality[key]:.1%} of the samples are {key}." for key in ("clipped", "missing") if quality[key]]
-    if "typicality" in quality:
+    if quality.get("typicality") is not None:
         parts.append(f"More typical than {quality['typicality']:.0f} % of the recordings the model was checked on.")
-    if quality.get("arm_electrodes_swapped", 0.0) > 0.5:
+    if (quality.get("arm_electrodes_swapped") or 0.0) > 0.5:
         parts.append("The electrodes of the arms seem to be swapped, if this is an ECG at all.")
     return " ".join(parts)
 

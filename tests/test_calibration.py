@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.special import expit
+from tiny_model import tiny_model
 
 from benchmarks.calibration import (
     CalibrationArguments,
@@ -16,8 +17,9 @@ from benchmarks.calibration import (
     measure_probabilities,
     table,
 )
-from modeling_ecgmoe.adapter_card import AdapterCard, calibrate, calibrate_intervals
+from modeling_ecgmoe.adapter_card import AdapterCard, best_threshold, calibrate, calibrate_intervals
 from modeling_ecgmoe.beats import mean_rr_error_ms
+from modeling_ecgmoe.lora import lora_model, save_adapter
 from modeling_ecgmoe.metrics import bootstrap_interval
 from modeling_ecgmoe.tasks import TASKS
 
@@ -285,3 +287,17 @@ def test_the_table_shows_each_label_and_the_worst_group_of_each_interval() -> No
     worst = [row for row in rows if row["answer"].startswith("90 % interval of age, ")][1:]
     assert min(row["one temperature or width"]["value"] for row in worst) < 0.85
     assert all(0.86 < row["as the adapters do"]["value"] < 0.95 for row in worst)
+
+
+def test_measurements_of_the_adapter_before_do_not_stay(tmp_path: Path) -> None:
+    (tmp_path / ".eval_results").mkdir()
+    (tmp_path / "results.json").write_text("{}")
+    save_adapter(lora_model(tiny_model(), TASKS["age"]), AdapterCard(TASKS["age"], "abc"), tmp_path)
+    assert not (tmp_path / "results.json").exists()
+    assert not (tmp_path / ".eval_results").exists()
+
+
+def test_a_threshold_lies_where_the_probabilities_can_be_told_apart() -> None:
+    truth = np.repeat([1.0, 0.0], [10, 30])
+    tied = np.full(40, 0.3)
+    assert best_threshold(tied, truth) == best_threshold(tied, truth[::-1]) == pytest.approx(0.15)

@@ -428,6 +428,7 @@ def test_running_column_numbers_are_not_taken_for_leads(tmp_path: Path) -> None:
         ("I [mV],II [mV]\n0.1,0.2\n0.1\n", "sample 2 has 1 cells, the first line 2"),
         ("I [mV]\n0.1\nwell\n", "sample 2 has a cell that is not a number: 'well'"),
         ("I [mV],II [uV]\n0.1,0.2\n", "several units"),
+        ("time [s],I [uV],II\n0.0,0.1,0.2\n", "several units (none, uV)"),
         ("I [bpm]\n0.1\n", "'bpm' is not a voltage"),
         ("I\n0.1\n", "pass unit"),
         ("time [s],I [mV]\n0,0.1\n0.004,0.2\n5,0.1\n", "do not rise evenly"),

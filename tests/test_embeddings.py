@@ -103,6 +103,19 @@ def test_resuming_keeps_what_is_there_and_tries_the_others_again(
     assert len(pq.read_table(out)) == 2
 
 
+def test_resuming_keeps_the_errors_of_files_that_are_not_asked_again(
+    tmp_path: Path, model: Path, write_record: WriteRecord
+) -> None:
+    out, (path, _) = tmp_path / "emb.parquet", write_record("a")
+    broken, _ = write_record("b")
+    broken.with_suffix(".dat").write_bytes(b"")
+    assert embed(path, broken, "--model", model, "--out", out) == 1
+    assert embed(path, "--model", model, "--out", out, "--resume") == 0
+    assert sorted(pq.read_table(out)["status"].to_pylist()) == ["error", "ok"]
+    assert embed(broken, "--model", model, "--out", out, "--resume") == 1
+    assert sorted(pq.read_table(out)["status"].to_pylist()) == ["error", "ok"]
+
+
 def test_vectors_of_another_model_are_not_mixed(
     tmp_path: Path, model: Path, write_record: WriteRecord, capsys: pytest.CaptureFixture[str]
 ) -> None:

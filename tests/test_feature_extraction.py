@@ -343,3 +343,23 @@ def test_a_batch_needs_a_rate_and_names_for_all_or_for_each(
 ) -> None:
     with pytest.raises(ValueError, match=f"{message}; pass one for all, or one for each"):
         extractor([ecg(), ecg()], rates, names)
+
+
+def test_no_interval_spans_a_gap_in_which_a_beat_may_be(extractor: EcgMoeFeatureExtractor) -> None:
+    signal = ecg(rate_bpm=80)
+    signal[:, 1000:1400] = np.nan  # 1.6 s of 10
+    features = extractor(signal, sampling_rate=250, lead_names=LEADS, return_tensors="np")
+    assert features["period_s"][0] == pytest.approx(0.75, abs=0.01)
+    assert features["rr_intervals_s"].max() < 0.8
+
+
+@pytest.mark.parametrize("duration_s", [12.0, 13.0, 25.0, 32.0])
+def test_beats_of_overlapping_windows_count_once(extractor: EcgMoeFeatureExtractor, duration_s: float) -> None:
+    prepared = extractor.prepare(ecg(rate_bpm=60, duration_s=duration_s), 250, LEADS)
+    assert prepared.quality["beats"] == pytest.approx(duration_s, abs=2)
+
+
+def test_leads_are_those_of_any_window(extractor: EcgMoeFeatureExtractor) -> None:
+    signal = ecg(duration_s=30)
+    signal[6:, : 10 * 250] = 0.0
+    assert extractor.prepare(signal, 250, LEADS).leads == list(LEADS)

@@ -9,7 +9,7 @@ from test_few_labels import SIDE, synthetic_records
 from tiny_model import tiny_model
 
 from evaluation import predict_logits
-from head_start import LinearHead, embed, fit_linear_head, start_linearly
+from head_start import LinearHead, embed, fit_linear_head, start_at_base_rates, start_linearly
 from modeling_ecgmoe.tasks import TASKS, Task
 from records import EncodedRecords
 
@@ -101,3 +101,17 @@ def test_an_answer_that_starts_from_a_measurement_starts_at_it() -> None:
     start_linearly(model, model.tasks["rr_interval"], records)
     logits = predict_logits(model, records, torch.device("cpu"), ["rr_interval"])["rr_interval"]
     np.testing.assert_allclose(TASKS["rr_interval"].answers(logits), 800.0, atol=1e-3)
+
+
+def test_a_label_of_which_nothing_is_known_leaves_its_bias_alone() -> None:
+    model = tiny_model()
+    before = model.heads["head_superclass"].bias.detach().clone()
+    labels = torch.zeros(20, 5)
+    labels[:5, 0] = 1.0
+    labels[:, 3] = torch.nan
+    start_at_base_rates(model, {"superclass": labels, "sex": torch.full((20, 1), torch.nan)})
+    bias = model.heads["head_superclass"].bias.detach()
+    assert bias.isfinite().all()
+    assert model.heads["head_sex"].bias.isfinite().all()
+    assert bias[3] == before[3]
+    assert bias[0] == pytest.approx(-1.0986, abs=1e-3)

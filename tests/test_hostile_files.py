@@ -1,9 +1,11 @@
 """Damaged and hostile files of recorders: refused in one line, before memory is taken, and nothing else is opened."""
 
+import io
 import os
 import re
 import struct
 import tracemalloc
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -34,7 +36,7 @@ from benchmarks.ecg_writers import (
 from benchmarks.fuzz_read_ecg import judge, make_seeds, mutate, write_mutation
 from data_builders.synthetic import synthetic_ecg
 from modeling_ecgmoe import mat_files, xml_files
-from modeling_ecgmoe.ecg_files import Ecg, EcgFileError, EcgFileWarning, read_ecg
+from modeling_ecgmoe.ecg_files import Ecg, EcgFileError, EcgFileWarning, find_ecgs, read_ecg
 from modeling_ecgmoe.leads import LEADS
 
 TRUTH = synthetic_ecg(sampling_rate=250, duration_s=4, noise_mv=0.005).ecg
@@ -390,3 +392,21 @@ def test_characters_that_do_not_exist_are_refused(tmp_path: Path) -> None:
     names[:] = 0x110000
     np.savez(tmp_path / "ecg", signal=TRUTH.signal[:1], sampling_rate=250, lead_names=names.view("U1"), unit="mV")
     refuse(tmp_path / "ecg.npz", "characters that do not exist")
+
+
+def test_a_table_whose_header_follows_a_comment_is_found_in_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("# device X\n\ntime_s,I [mV],II [mV]\n0.0,0.1,0.2\n")
+    assert find_ecgs([tmp_path]) == [tmp_path / "a.csv"]
+
+
+def test_a_damaged_archive_of_any_compression_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        content = io.BytesIO()
+        np.save(content, np.random.default_rng(0).normal(size=(12, 3000)))
+        archive.writestr("signal.npy", content.getvalue())
+    data = bytearray(path.read_bytes())
+    data[2000:2040] = bytes(40)
+    path.write_bytes(bytes(data))
+    with pytest.raises(EcgFileError, match="not a whole NPZ archive"):
+        read_ecg(path, sampling_rate=250, lead_names=LEADS, unit="mV")

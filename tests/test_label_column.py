@@ -125,3 +125,10 @@ def test_of_a_table_the_cells_count_and_elsewhere_the_column() -> None:
     assert find_labels(rows, GRADE) is None
     assert find_labels(rows.remove_columns("table"), GRADE) == [0, 1]
     assert find_labels(rows.remove_columns("table"), FINDINGS) is None
+
+
+def test_numbers_with_thousands_separators_are_not_read_as_a_thousandth() -> None:
+    with pytest.raises(ValueError, match=r"holds '1,234', which may be 1234 or 1\.234"):
+        infer_task("weight_g", "weight", ["950", "1,234", "12,500"] * 5, kind="regression")
+    commas = infer_task("x", "x", ["0,123", "1,234", "12,5"] * 5, kind="regression")
+    assert commas.spread > 1.0  # they can only be decimal ones

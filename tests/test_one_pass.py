@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.dataclasses import strict
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tiny_model import TINY_TASKS, save_tiny_model, tiny_model
 from torch import Tensor, nn
 
@@ -288,3 +289,64 @@ def test_the_conventional_network_to_compare_with_folds_too() -> None:
         x = torch.randn(2, 12, 1000)
         torch.testing.assert_close(net.folded()(x), net(x), atol=1e-4, rtol=1e-4)
     assert sum(isinstance(part, nn.BatchNorm1d) for part in net.folded().modules()) == 2  # those of the hidden layer
+
+
+def test_paths_in_another_order_are_folded_with_their_own_weights() -> None:
+    encoder = tiny_model(paths=("rhythm", "morphology")).eval().ecgmoe.encoder
+    batch = batch_of([10.0])
+    with torch.no_grad():
+        ours, theirs = folded(encoder)(**batch), encoder(**batch)
+    torch.testing.assert_close(ours.rhythm_hidden_state, theirs.rhythm_hidden_state, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours.beat_hidden_state, theirs.beat_hidden_state, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_an_adapter_that_changes_the_base_as_well_is_refused(hub: Path, tmp_path: Path, start: str) -> None:
+    adapted = adapted_with(init_lora_weights=start)
+    save_adapter(adapted, AdapterCard(TASKS["sex"], fingerprint(tiny_model())), tmp_path)
+    with pytest.raises(ValueError, match=f"is not plain LoRA \\(init_lora_weights='{start}'"):
+        MultiTask.from_pretrained(hub / "model", []).load(tmp_path)
+
+
+DAMAGES: dict[str, tuple[str, dict[str, torch.Size | None]]] = {
+    "a matrix is missing": ("matrices of", {"fusion.up_proj.lora_B": None}),
+    "ranks differ": ("matrices of", {"fusion.up_proj.lora_B": torch.Size([32, 3])}),
+    "a vector": ("matrices of", {"fusion.up_proj.lora_A": torch.Size([16])}),
+    "no bias": ("with a bias of \\(1,\\), found none", {"head_sex.bias": None}),
+    "a bias of three": ("found \\(3,\\)", {"head_sex.bias": torch.Size([3])}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_an_adapter_whose_numbers_do_not_fit_is_refused_when_it_is_loaded(
+    hub: Path, tmp_path: Path, damage: str
+) -> None:
+    save_adapter(adapted_with(), AdapterCard(TASKS["sex"], fingerprint(tiny_model())), tmp_path)
+    message, changes = DAMAGES[damage]
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for part, shape in changes.items():
+        name = next(name for name in tensors if part in name)
+        if shape is None:
+            del tensors[name]
+        else:
+            tensors[name] = torch.zeros(shape)
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=message):
+        MultiTask.from_pretrained(hub / "model", []).load(tmp_path)
+
+
+def test_a_cut_off_adapter_is_refused(hub: Path, tmp_path: Path) -> None:
+    save_adapter(adapted_with(), AdapterCard(TASKS["sex"], fingerprint(tiny_model())), tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="no whole safetensors file"):
+        MultiTask.from_pretrained(hub / "model", []).load(tmp_path)
+
+
+def test_what_is_typical_is_unknown_where_leads_are_missing(published: MultiTask) -> None:
+    signal = synthetic_ecg(sampling_rate=250, duration_s=10, seed=3).ecg.signal
+    whole, few = published.prepare(signal, 250, LEADS), published.prepare(signal[:2], 250, LEADS[:2])
+    published.answer([whole, few])
+    assert 0.0 <= whole.quality["typicality"] <= 100.0
+    assert few.quality["typicality"] is few.quality["arm_electrodes_swapped"] is None

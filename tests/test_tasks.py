@@ -213,3 +213,9 @@ def test_a_field_that_no_task_has_is_refused_with_those_it_has() -> None:
 def test_a_field_that_a_task_lacks_is_named() -> None:
     with pytest.raises(ValueError, match="a task needs description, column; found kind, name"):
         Task.from_dict({"name": "x", "kind": "binary"})
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_name_that_peft_would_mix_up_with_its_own_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"choose another name, such as body_{name}"):
+        Task(name, "regression", "of the body", name, unit="kg")

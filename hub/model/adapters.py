@@ -28,7 +28,7 @@ from .folding import WEIGHTS_FILE, Backbone, folded
 from .fusion import Fusion
 from .stacking import CONFIG_FILE, AdapterWeights, StackedFusion
 from .temporal import mean_and_max
-from .typicality import Typicality
+from .typicality import UNKNOWN_TYPICALITY, Typicality
 
 if TYPE_CHECKING:
     from .modeling_ecgmoe import EcgMoeForTasks
@@ -237,7 +237,8 @@ class MultiTask:
     def answer(self, prepared: Sequence[Prepared], batch_size: int = 32) -> list[dict[str, dict[str, Any]]]:
         """Answer all tasks for each recording; the windows of one are averaged.
 
-        Where the model knows what is typical, the `quality` of each recording then says how typical it is.
+        Where the model knows what is typical, the `quality` of each recording then says how typical it is, None where
+        leads are missing.
         """
         windows = [window for record in prepared for window in record.windows]
         parts = [self.logits(windows[i : i + batch_size]) for i in range(0, len(windows), batch_size)]
@@ -246,9 +247,11 @@ class MultiTask:
         answers, start = [], 0
         for record in prepared:
             end = start + len(record.windows)
-            if self.typicality is not None and features is not None:
-                record.quality |= self.typicality.report(features[start:end])
             num_leads = int(min(window["lead_mask"].sum() for window in record.windows))
+            if self.typicality is not None and features is not None:
+                # It knows what is typical of twelve leads: of fewer, everything is untypical.
+                whole = num_leads == len(self.config.leads)
+                record.quality |= self.typicality.report(features[start:end]) if whole else UNKNOWN_TYPICALITY
             error_ms = float(np.mean([mean_rr_error_ms(window["rr_intervals_s"]) for window in record.windows]))
             answers.append(
                 {
@@ -296,12 +299,13 @@ class MultiTask:
         """What the network looked at in the first window, with the fusion as pretrained."""
         window = prepared.windows[0]
         features = self.extractor.pad([window], return_tensors="pt")
-        encoder, beats = self.encoder(**{name: features[name] for name in SIGNAL_KEYS}), len(window["r_peaks"])
+        encoder = self.encoder(**{name: features[name].to(self.device) for name in SIGNAL_KEYS})
+        beats = len(window["r_peaks"])
         _, attentions = self.fusion(encoder)
         weights = encoder.family_weights[0][encoder.token_mask[0]].mean(dim=0)
         experts = self.config.num_experts
         beat_probs, rhythm_probs = (
-            probs[-1][0].numpy() if probs else np.zeros((0, experts))
+            probs[-1][0].cpu().numpy() if probs else np.zeros((0, experts))
             for probs in (encoder.morphology_router_probs, encoder.rhythm_router_probs)
         )
         attention = attentions.get("morphology")
@@ -311,7 +315,7 @@ class MultiTask:
             r_peaks_s=[float(peak) / self.extractor.sampling_rate for peak in window["r_peaks"]],
             beat_experts=beat_probs[1 : 1 + beats],
             rhythm_experts=rhythm_probs,
-            beat_attention=np.zeros(beats) if attention is None else attention[0, 1 : 1 + beats].numpy(),
+            beat_attention=np.zeros(beats) if attention is None else attention[0, 1 : 1 + beats].cpu().numpy(),
             family_weights={name: float(weight) for name, weight in zip(self.config.families, weights, strict=True)},
         )
 

@@ -277,10 +277,28 @@ def rr_intervals(r_peaks_s: np.ndarray) -> np.ndarray:
     return np.where((rr_s >= MIN_RR_S) & (rr_s <= MAX_RR_S), rr_s, np.nan)
 
 
+def seen_intervals(
+    rr_intervals_s: np.ndarray, r_peaks_s: np.ndarray, is_seen: np.ndarray, sampling_rate: float
+) -> np.ndarray:
+    """The intervals between beats, NaN also where the signal is missing for so long that a beat may be.
+
+    Args:
+        rr_intervals_s: (beats - 1,); r_peaks_s: (beats,).
+        is_seen: bool (samples,), whether any lead has signal.
+    """
+    unseen = np.concatenate([[0], np.cumsum(~is_seen)])
+    at = np.clip(np.round(r_peaks_s * sampling_rate).astype(int), 0, len(is_seen))
+    return np.where(np.diff(unseen[at]) >= MIN_RR_S * sampling_rate, np.nan, rr_intervals_s)
+
+
+def mean_or_nan(values: np.ndarray) -> float:
+    """The mean of the finite values, NaN where there is none."""
+    return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
+
+
 def mean_rr_s(r_peaks_s: np.ndarray) -> float:
     """The mean of the plausible RR intervals in seconds, NaN where there is none."""
-    rr_s = rr_intervals(r_peaks_s)
-    return float(np.nanmean(rr_s)) if np.isfinite(rr_s).any() else float("nan")
+    return mean_or_nan(rr_intervals(r_peaks_s))
 
 
 # What is known of one interval alone, and how far a peak may be off: both in ms.

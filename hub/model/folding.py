@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from .configuration_ecgmoe import EcgMoeConfig
+from .configuration_ecgmoe import PATHS, EcgMoeConfig
 from .encoder import EcgMoeEncoder
 from .fusion import Fusion
 from .routing import Elements, MixtureLayer, Routing
@@ -76,7 +76,9 @@ def folded(encoder: EcgMoeEncoder) -> EcgMoeEncoder:
         elif isinstance(family, PeriodFamily):
             family.cycle, family.departure = FoldedConv(family.cycle), FoldedConv(family.departure)  # type: ignore[assignment]
     paths: Any = copied.paths
-    copied.mixture_layers = FoldedMixtureLayers([path.layers for path in paths.values()])  # type: ignore[assignment]
+    # In the order in which the encoder hands over their elements, whatever that of the configuration.
+    layers_of = [paths[name].layers for name in PATHS if name in paths]
+    copied.mixture_layers = FoldedMixtureLayers(layers_of)  # type: ignore[assignment]
     for path in paths.values():
         path.layers = nn.ModuleList()
     return copied.requires_grad_(False)

@@ -165,6 +165,8 @@ class EcgMoePipeline(Pipeline):
             signal = np.asarray(row.get("signal"), dtype=np.float32)
             rate = sampling_rate if row.get("sampling_rate") is None else row["sampling_rate"]
             names = lead_names if row.get("lead_names") is None else row["lead_names"]
+            if (in_unit := row.get("unit") or unit or "mV") != "mV":
+                raise ValueError(f"an array must be in mV, found unit {in_unit!r}; convert it, or pass a file")
             if signal.ndim != 2 or rate is None or names is None:
                 raise ValueError(
                     "expected a signal (leads, samples) in mV with sampling_rate (Hz) and lead_names, found shape "

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 from torch.nn import functional
@@ -63,6 +64,9 @@ class AdapterWeights:
         other += [
             f"{name}={config.get(name)!r}" for name, want in (("peft_type", "LORA"),) if config.get(name) != want
         ]
+        start = config.get("init_lora_weights", True)
+        if isinstance(start, str) and start != "gaussian":  # PiSSA, OLoRA and others change the base's weights too
+            other.append(f"init_lora_weights={start!r}")
         other += [f"bias={config['bias']!r}"] if config.get("bias", "none") != "none" else []
         if other:
             raise ValueError(
@@ -70,16 +74,23 @@ class AdapterWeights:
                 "PeftModel.from_pretrained"
             )
         content = (folder / WEIGHTS_FILE).read_bytes()
-        tensors = {name: value.float() for name, value in load(content).items()}
+        try:
+            tensors = {name: value.float() for name, value in load(content).items()}
+        except SafetensorError as error:
+            raise ValueError(
+                f"{folder / WEIGHTS_FILE} is no whole safetensors file ({error}); copy it again"
+            ) from error
         size = sum(value.numel() for value in tensors.values())
         prefix = f"base_model.model.heads.head_{task.name}."
         head = tensors.pop(f"{prefix}weight", None), tensors.pop(f"{prefix}bias", None)
         width = fusion.norm.normalized_shape[0]
-        if head[0] is None or head[1] is None or head[0].shape != (task.num_outputs, width):
-            found = "none" if head[0] is None else tuple(head[0].shape)
+        expected = (task.num_outputs, width), (task.num_outputs,)
+        if head[0] is None or head[1] is None or (head[0].shape, head[1].shape) != expected:
+            found = "none" if head[0] is None else f"{tuple(head[0].shape)}"
+            bias = "none" if head[1] is None else f"{tuple(head[1].shape)}"
             raise ValueError(
-                f"the adapter {folder} must hold a head of shape ({task.num_outputs}, {width}) for task {task.name}, "
-                f"found {found}; train it again"
+                f"the adapter {folder} must hold a head of shape {expected[0]} for task {task.name}, "
+                f"found {found}, with a bias of {expected[1]}, found {bias}; train it again"
             )
         lora: dict[str, dict[str, Tensor]] = {}
         for name, value in tensors.items():
@@ -91,15 +102,19 @@ class AdapterWeights:
                 )
             scale = _scale(config, match[1], value.shape[0]) if match[2] == "A" else 1.0
             lora.setdefault(match[1].removeprefix(_FUSION), {})[match[2]] = value * scale
-        pairs = {name: (matrices["A"], matrices["B"]) for name, matrices in lora.items()}
-        for name, (a, b) in pairs.items():
-            layer = fusion.get_submodule(name)
-            assert isinstance(layer, nn.Linear)
-            if (b.shape[0], a.shape[1]) != tuple(layer.weight.shape):
+        layers = dict(fusion.named_modules())
+        for name, matrices in lora.items():
+            layer = layers.get(name)
+            if not isinstance(layer, nn.Linear):
+                raise ValueError(f"the adapter {folder} adapts {name}, which this model lacks; load the one it is of")
+            shapes = {side: tuple(matrix.shape) for side, matrix in sorted(matrices.items())}
+            rank = shapes.get("A", (0,))[0]
+            if shapes != {"A": (rank, layer.in_features), "B": (layer.out_features, rank)}:
                 raise ValueError(
-                    f"the adapter {folder} has matrices of {b.shape[0]} by {a.shape[1]} for {name}, expected "
-                    f"{tuple(layer.weight.shape)}; load the model it was made for"
+                    f"the adapter {folder} has matrices of {shapes} for {name}, expected A of (rank, "
+                    f"{layer.in_features}) and B of ({layer.out_features}, rank); load the model it was made for"
                 )
+        pairs = {name: (matrices["A"], matrices["B"]) for name, matrices in lora.items()}
         return cls(pairs, (head[0], head[1]), size, hashlib.sha256(content).hexdigest()[:16])
 
     def weight_of(self, name: str, base: Tensor) -> Tensor:
