@@ -23,7 +23,7 @@ PACKAGES = ("modeling_ecgmoe", "data_builders")
 OUTSIDE = {
     "records": {"soft_labels", "evaluation", "head_start", "adaptation", "train", "benchmarks", "tests"},
     "evaluation": {"adaptation", "train", "benchmarks", "tests"},
-    "checkpoints": {"adaptation", "train"},
+    "checkpoints": {"adaptation", "train", "tests"},
     "head_start": {"adaptation", "train", "benchmarks", "tests"},
     "report_words": {"train", "tests"},
     "soft_labels": {"train", "tests"},
