@@ -53,12 +53,14 @@ def write_log(accelerator: Accelerator, output_dir: Path, line: dict[str, Any]) 
     if not accelerator.is_main_process:
         return
     output_dir.mkdir(parents=True, exist_ok=True)
-    rounded = {key: round(value, 5) if isinstance(value, float) else value for key, value in line.items()}
-    # NaN is not JSON.
-    rounded = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in rounded.items()}
+    rounded = {key: _rounded(value) if isinstance(value, float) else value for key, value in line.items()}
     with (output_dir / "log.jsonl").open("a") as log:
         log.write(json.dumps(rounded) + "\n")
     accelerator.print(json.dumps(rounded))
+
+
+def _rounded(value: float) -> float | None:
+    return round(value, 5) if math.isfinite(value) else None  # NaN is not JSON
 
 
 def save_arguments(folder: Path, *arguments: Any, **more: Any) -> None:

@@ -184,7 +184,7 @@ def find_exams(path: Path) -> dict[int, int]:
         with h5py.File(path, "r") as file:
             found, tracings = file["exam_id"], file["tracings"]
             shape = tracings.shape
-            if any(each.external or each.is_virtual for each in (found, tracings)) or found.size != shape[0]:
+            if any(each.external or each.is_virtual for each in (found, tracings)) or shape[:1] != (found.size,):
                 raise ValueError(
                     f"{path} must hold as many exam_id as tracings, both in the file itself; found {found.shape} and "
                     f"{shape}; copy it again"

@@ -206,10 +206,10 @@ class EcgMoeFeatureExtractor(FeatureExtractionMixin):
         self.check(signal, sampling_rate)
         windows, refused = [], []
         beats, counted_to_s = 0, 0.0
-        cut = self.windows(signal, sampling_rate)
-        for window, start in zip(cut, self._starts(signal.shape[1], sampling_rate), strict=True):
+        length = round(self.window_s * sampling_rate)
+        for start in self._starts(signal.shape[1], sampling_rate):
             try:
-                windows.append(self.extract(window, sampling_rate, lead_names))
+                windows.append(self.extract(signal[:, start : start + length], sampling_rate, lead_names))
             except ValueError as error:
                 # One bad stretch of a long recording does not lose the rest.
                 refused.append(error)
