@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
+from torch.nn import functional
 from transformers import PreTrainedConfig
 
 from .adapter_card import CARD_FILE, AdapterCard
@@ -273,10 +274,18 @@ class MultiTask:
             outputs = outputs | {FEATURES: mean_and_max(*encoded.memories()["tokens"])}
         return {name: value.float().cpu().numpy() for name, value in outputs.items()}
 
+    def fused(self) -> dict[str, AdapterWeights]:
+        """The adapters that have to look at the recording, all where none has.
+
+        A head of zeros, such as of an adapter that leaves a measurement as it is, reads nothing of its embedding.
+        """
+        reading = {name: weights for name, weights in self._weights.items() if weights.reads_embedding}
+        return reading or self._weights
+
     def stacked(self) -> StackedFusion:
-        """The fusion of all adapters that are loaded now."""
+        """Their fusion."""
         if self._stacked is None:
-            self._stacked = StackedFusion(self.fusion, list(self._weights.values()))
+            self._stacked = StackedFusion(self.fusion, list(self.fused().values()))
         return self._stacked
 
     def task_logits(self, encoded: EcgMoeEncoderOutput) -> dict[str, Tensor]:
@@ -284,15 +293,14 @@ class MultiTask:
         if not self.cards:
             return {}
         assert encoded.period_s is not None  # the encoder always gives it
-        embeddings = self.stacked()(encoded)
-        return {
-            name: add_prior(
-                torch.nn.functional.linear(embedding, *self._weights[name].head),
-                self.cards[name].task,
-                encoded.period_s,
-            )
-            for name, embedding in zip(self.cards, embeddings, strict=True)
-        }
+        embeddings = dict(zip(self.fused(), self.stacked()(encoded), strict=True))
+        logits = {}
+        for name, card in self.cards.items():
+            weight, bias = self._weights[name].head
+            seen = embeddings.get(name)
+            own = bias.expand(len(encoded.period_s), -1) if seen is None else functional.linear(seen, weight, bias)
+            logits[name] = add_prior(own, card.task, encoded.period_s)
+        return logits
 
     @torch.inference_mode()
     def explain(self, prepared: Prepared) -> Explanation:

@@ -146,6 +146,22 @@ def test_lora_of_other_ranks_and_layers_answers_as_peft_does(hub: Path, tmp_path
     np.testing.assert_allclose(answers_of(many, batch)["sex"], logits_of(adapted, batch, "sex"), atol=1e-5)
 
 
+@pytest.mark.parametrize("others", [[], ["age"]], ids=["alone", "beside another"])
+def test_an_adapter_whose_head_is_nought_answers_as_peft_does_without_its_fusion(
+    hub: Path, tmp_path: Path, others: list[str]
+) -> None:
+    adapted = adapted_with()
+    head: Any = adapted.base_model.model.heads["head_sex"].modules_to_save["sex"]
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.constant_(head.bias, 0.7)
+    save_adapter(adapted, AdapterCard(TASKS["sex"], fingerprint(tiny_model())), tmp_path)
+    many = MultiTask.from_pretrained(hub / "model", others)
+    many.load(tmp_path)
+    batch = batch_of([10.0, 5.0])
+    np.testing.assert_allclose(answers_of(many, batch)["sex"], logits_of(adapted, batch, "sex"), atol=1e-6)
+    assert list(many.fused()) == (others or ["sex"])
+
+
 def adapted_with(**options: Any) -> PeftModel:
     """A tiny model with an adapter of the sex task that changes its answers."""
     config = LoraConfig(**({"target_modules": LORA_SCOPES["fusion"], "modules_to_save": ["head_sex"]} | options))

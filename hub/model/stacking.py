@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,12 +41,19 @@ class AdapterWeights:
         lora: layer of the fusion to its matrices A (r, inputs) and B (outputs, r), B times alpha / r.
         head: weight (outputs, record_size) and bias (outputs,).
         size: how many numbers the adapter's file holds, and `hash`, a short hash of that file.
+
+    Attributes:
+        reads_embedding: whether the head looks at the fusion's embedding at all.
     """
 
     lora: dict[str, tuple[Tensor, Tensor]]
     head: tuple[Tensor, Tensor]
     size: int
     hash: str
+    reads_embedding: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.reads_embedding = bool(self.head[0].any())
 
     @classmethod
     def load(cls, folder: Path, task: Task, fusion: Fusion) -> "AdapterWeights":
@@ -182,19 +189,20 @@ class StackedFusion(nn.Module):
             "mix": torch.cat(mixes),
             "mix_bias": torch.cat(mix_bias),
         }
-        # Merged, the weights of these layers would be read from memory once for each adapter.
+        # One product for each adapter: a low rank beside the shared weight costs more passes over memory than it saves.
         layers = {
             "pooled": ["pooled_proj"],
             "qkv": ["attention.q_proj", "attention.k_proj", "attention.v_proj"],
             "attended": ["attention.out_proj"],
             "up": ["up_proj"],
             "down": ["down_proj"],
-            "out": ["out_proj"],
         }
         for name, names in layers.items():
-            kept |= _side_by_side(name, names, fusion, adapters)
-        touched = {name for one in adapters for name in one.lora}
-        self.adapted = {name for name, names in layers.items() if touched & set(names)}
+            touched = any(one.lora.keys() & set(names) for one in adapters)
+            parts = [merged(each, adapters if touched else adapters[:1]) for each in names]
+            kept[name] = torch.cat([weight for weight, _ in parts], dim=1).transpose(1, 2)
+            kept[f"{name}_bias"] = torch.cat([bias for _, bias in parts])
+        kept |= _apart(fusion, adapters, size * (len(self.paths) * num_queries + 1))
         for name in ("norm1", "norm2", "norm"):
             kept[f"{name}_weight"] = fusion.get_parameter(f"{name}.weight")
             kept[f"{name}_bias"] = fusion.get_parameter(f"{name}.bias")
@@ -222,34 +230,42 @@ class StackedFusion(nn.Module):
         found = found + self.mix_bias[:, None]
         found = found.view(num_paths, num_adapters, batch, num_queries, size).permute(1, 2, 0, 3, 4).flatten(2, 3)
         extent = mean_and_max(tokens, mask)
-        pooled = self._adapted("pooled", extent[None]).expand(num_adapters, -1, -1)
+        pooled = self._merged("pooled", extent[None]).expand(num_adapters, -1, -1)
         hidden = torch.cat([found, pooled.unsqueeze(2)], dim=2).flatten(1, 2)
         num_states = hidden.shape[1] // batch
 
         normed = functional.layer_norm(hidden, (size,), self.norm1_weight, self.norm1_bias)
         query, key, value = (
-            self._adapted("qkv", normed)
+            self._merged("qkv", normed)
             .view(num_adapters * batch, num_states, 3, self.heads, -1)
             .permute(2, 0, 3, 1, 4)
         )
         mixed = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape_as(hidden)
-        hidden = hidden + self._adapted("attended", mixed)
+        hidden = hidden + self._merged("attended", mixed)
         normed = functional.layer_norm(hidden, (size,), self.norm2_weight, self.norm2_bias)
-        inner = functional.silu(self._adapted("up", normed))
-        hidden = hidden + self._adapted("down", inner)
+        inner = functional.silu(self._merged("up", normed))
+        hidden = hidden + self._merged("down", inner)
         passing = extent if encoded.pooled_waves is None else encoded.pooled_waves
-        written = torch.cat([hidden.view(num_adapters, batch, -1), passing.expand(num_adapters, -1, -1)], dim=2)
-        out = self._adapted("out", written)
+        out = self._written(hidden.view(num_adapters, batch, -1), passing)
         return functional.layer_norm(out, out.shape[-1:], self.norm_weight, self.norm_bias)
 
-    def _adapted(self, name: str, x: Tensor) -> Tensor:
-        """x (a, rows, inputs), or (1, rows, inputs) for all adapters, through a layer and what each adds to it."""
-        shared = functional.linear(x, getattr(self, name), getattr(self, f"{name}_bias"))
-        if name not in self.adapted:
-            return shared
-        num_adapters = self.shape[0]
-        low = torch.bmm(x.expand(num_adapters, -1, -1), getattr(self, f"{name}_a"))
-        return torch.baddbmm(shared.expand(num_adapters, -1, -1), low, getattr(self, f"{name}_b"))
+    def _merged(self, name: str, x: Tensor) -> Tensor:
+        """x (a, rows, inputs), or (1, rows, inputs) for all adapters, through a layer with their LoRA in it."""
+        weight = getattr(self, name)
+        groups, _, outputs = weight.shape
+        rows = x.expand(groups, -1, -1) if x.shape[0] == 1 else x.reshape(groups, -1, x.shape[2])
+        return torch.baddbmm(getattr(self, f"{name}_bias"), rows, weight).view(max(groups, x.shape[0]), -1, outputs)
+
+    def _written(self, states: Tensor, passing: Tensor) -> Tensor:
+        """The last layer of states (a, b, inputs) and of what is the same for all adapters, (b, inputs).
+
+        Its weight is the largest, and few rows meet it: shared weight and low rank stay apart.
+        """
+        num_adapters, rank, outputs = self.out_b.shape
+        same = functional.linear(passing, self.out_passing, self.out_bias)
+        same, low = same.split([outputs, num_adapters * rank], dim=1)
+        low = torch.baddbmm(low.unflatten(1, (num_adapters, rank)).transpose(0, 1), states, self.out_a)
+        return torch.baddbmm(functional.linear(states, self.out) + same, low, self.out_b)
 
     def _pooled(self, path: str, memory: Tensor, mask: Tensor) -> Tensor:
         """What each adapter's queries gather from a path, before values are projected: (b, a * h * q, d)."""
@@ -261,33 +277,24 @@ class StackedFusion(nn.Module):
         return torch.bmm(torch.softmax(scores, dim=-1), normed)
 
 
-def _side_by_side(
-    name: str, layers: Sequence[str], fusion: Fusion, adapters: Sequence[AdapterWeights]
-) -> dict[str, Tensor]:
-    """Linear layers of one input as one: weight (outputs, inputs) and bias, and beside them the adapters' matrices
-    A (a, inputs, r) and B (a, r, outputs), each layer's r up to the highest rank."""
-    weights: list[Tensor] = []
-    biases: list[Tensor] = []
-    downs, ups = [], []
-    for layer_name in layers:
-        layer = fusion.get_submodule(layer_name)
-        assert isinstance(layer, nn.Linear)
-        weights.append(layer.weight)
-        biases.append(layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias)
-        pairs = [one.lora.get(layer_name) for one in adapters]
-        rank = max((pair[0].shape[0] for pair in pairs if pair is not None), default=1)
-        down = layer.weight.new_zeros(len(pairs), layer.in_features, rank)
-        up = layer.weight.new_zeros(len(pairs), rank, layer.out_features)
-        for index, pair in enumerate(pairs):
-            if pair is not None:
-                a, b = pair
-                down[index, :, : a.shape[0]], up[index, : a.shape[0]] = a.t(), b.t()
-        downs.append(down)
-        ups.append(up)
-    blocks = torch.stack([torch.block_diag(*(up[index] for up in ups)) for index in range(len(adapters))])
+def _apart(fusion: Fusion, adapters: Sequence[AdapterWeights], num_states: int) -> dict[str, Tensor]:
+    """The last layer, whose first `num_states` inputs differ between adapters: `out` (outputs, states) of them,
+    `out_passing` (outputs + a r, rest) of the others, the adapters' A below the weight, `out_bias` with zeros for
+    these, `out_a` (a, states, r) and `out_b` (a, r, outputs), r up to the highest rank."""
+    layer = fusion.out_proj
+    pairs = [one.lora.get("out_proj") for one in adapters]
+    rank = max((pair[0].shape[0] for pair in pairs if pair is not None), default=1)
+    down = layer.weight.new_zeros(len(pairs), rank, layer.in_features)
+    up = layer.weight.new_zeros(len(pairs), rank, layer.out_features)
+    for index, pair in enumerate(pairs):
+        if pair is not None:
+            a, b = pair
+            down[index, : a.shape[0]], up[index, : a.shape[0]] = a, b.t()
+    passing = torch.cat([layer.weight[:, num_states:], down[:, :, num_states:].flatten(0, 1)])
     return {
-        name: torch.cat(weights),
-        f"{name}_bias": torch.cat(biases),
-        f"{name}_a": torch.cat(downs, dim=2),
-        f"{name}_b": blocks,
+        "out": layer.weight[:, :num_states],
+        "out_passing": passing,
+        "out_bias": functional.pad(layer.bias, (0, len(passing) - layer.out_features)),
+        "out_a": down[:, :, :num_states].transpose(1, 2),
+        "out_b": up,
     }
