@@ -189,7 +189,7 @@ class StackedFusion(nn.Module):
             "mix": torch.cat(mixes),
             "mix_bias": torch.cat(mix_bias),
         }
-        # One product for each adapter: a low rank beside the shared weight costs more passes over memory than it saves.
+        # Merged: a low rank beside the shared weight costs more passes over memory than it saves.
         layers = {
             "pooled": ["pooled_proj"],
             "qkv": ["attention.q_proj", "attention.k_proj", "attention.v_proj"],
@@ -199,9 +199,9 @@ class StackedFusion(nn.Module):
         }
         for name, names in layers.items():
             touched = any(one.lora.keys() & set(names) for one in adapters)
-            parts = [merged(each, adapters if touched else adapters[:1]) for each in names]
-            kept[name] = torch.cat([weight for weight, _ in parts], dim=1).transpose(1, 2)
-            kept[f"{name}_bias"] = torch.cat([bias for _, bias in parts])
+            joined = [merged(each, adapters if touched else adapters[:1]) for each in names]
+            kept[name] = torch.cat([weights for weights, _ in joined], dim=1).transpose(1, 2)
+            kept[f"{name}_bias"] = torch.cat([added for _, added in joined])
         kept |= _apart(fusion, adapters, size * (len(self.paths) * num_queries + 1))
         for name in ("norm1", "norm2", "norm"):
             kept[f"{name}_weight"] = fusion.get_parameter(f"{name}.weight")
