@@ -17,6 +17,10 @@ from .leads import LEADS, NUM_LEADS, arrange_leads, find_lead
 MIN_SAMPLING_RATE = 50.0
 MAX_SAMPLING_RATE = 10_000.0
 FLAT_MV = 1e-3
+# Standard deviations of the band-passed leads. In PTB-XL, CinC 2021 and LUDB that of the median lead lies between 0.05
+# and 0.8 mV and the largest between 0.08 and 2.3: microvolts or volts taken for millivolts are a thousand times off.
+MAX_MEDIAN_SD_MV = 5.0
+MIN_LARGEST_SD_MV = 0.005
 
 
 @dataclass
@@ -108,8 +112,12 @@ class EcgMoeFeatureExtractor(FeatureExtractionMixin):
 
         Raises:
             ValueError: rate, names or shape are missing or contradict each other; the recording is too short, flat or
-                empty.
+                empty, or its amplitudes are no heart's: it is not in mV.
         """
+        if isinstance(signal, np.ndarray) and signal.ndim == 1:
+            raise ValueError(
+                f"`signal` must have shape (leads, samples), found {signal.shape}; pass one lead as signal[None]"
+            )
         signals: list[np.ndarray] = [signal] if isinstance(signal, np.ndarray) and signal.ndim == 2 else list(signal)
         if sampling_rate is None or lead_names is None:
             raise ValueError(
@@ -136,6 +144,7 @@ class EcgMoeFeatureExtractor(FeatureExtractionMixin):
         lead_mask = known.any(axis=1)
         missing_share = 1.0 - float(known[lead_mask].mean())
         values_mv, sample_known = self.resample(arranged, known, sampling_rate)
+        _check_spread(values_mv[lead_mask])
         clipped = np.abs(values_mv) > self.clip_mv
         values_mv = np.clip(values_mv, -self.clip_mv, self.clip_mv) * (sample_known & lead_mask[:, None])
         # A top between samples may lie before the first one; negative is how padding is written.
@@ -173,7 +182,9 @@ class EcgMoeFeatureExtractor(FeatureExtractionMixin):
                 f"{MIN_SAMPLING_RATE:g} to {MAX_SAMPLING_RATE:g} Hz, pass the right one"
             )
         if signal.ndim != 2:
-            raise ValueError(f"`signal` must have shape (leads, samples), found {signal.shape}")
+            raise ValueError(
+                f"`signal` must have shape (leads, samples), found {signal.shape}; one lead is (1, samples)"
+            )
         duration_s = signal.shape[1] / sampling_rate
         if duration_s < self.min_duration_s:
             raise ValueError(
@@ -280,6 +291,19 @@ def _is_flat(row: np.ndarray) -> bool:
     """Whether a lead has samples that are all alike."""
     known = row[np.isfinite(row)]
     return len(known) > 0 and float(np.ptp(known)) < FLAT_MV
+
+
+def _check_spread(values_mv: np.ndarray) -> None:
+    """Refuse leads (leads, samples) whose amplitudes only a wrong unit explains."""
+    spreads_mv = values_mv.std(axis=1)
+    median, largest = float(np.median(spreads_mv)), float(spreads_mv.max())
+    if median > MAX_MEDIAN_SD_MV or largest < MIN_LARGEST_SD_MV:
+        is_small = largest < MIN_LARGEST_SD_MV
+        found, unit = (f"at most {largest:.2g}", "V") if is_small else (f"{median:.3g}", "uV")
+        raise ValueError(
+            f"the leads' standard deviation is {found} mV, an ECG's is 0.05 to 0.8 mV; is the signal in {unit}? "
+            "Pass it in mV"
+        )
 
 
 def _one_for_each(value: Any, count: int, name: str, shared: bool) -> list[Any]:

@@ -195,10 +195,10 @@ def test_an_offset_of_the_baseline_changes_nothing(extractor: EcgMoeFeatureExtra
 
 
 def test_amplitudes_beyond_the_clip_are_cut_and_counted(extractor: EcgMoeFeatureExtractor) -> None:
-    features = extractor(8 * tone(4.7, 250), 250, LEADS, return_tensors="np")
+    features = extractor(6.5 * tone(4.7, 250), 250, LEADS, return_tensors="np")
     assert np.abs(in_mv(features, extractor)).max() == pytest.approx(extractor.clip_mv)
-    # A cosine of 8 mV is beyond 5 mV for 2 / pi * arccos(5 / 8) of its time.
-    assert features["quality"][0]["clipped"] == pytest.approx(2 / np.pi * np.arccos(5 / 8), abs=0.02)
+    # A cosine of 6.5 mV is beyond 5 mV for 2 / pi * arccos(5 / 6.5) of its time.
+    assert features["quality"][0]["clipped"] == pytest.approx(2 / np.pi * np.arccos(5 / 6.5), abs=0.02)
 
 
 # Missing samples
@@ -309,6 +309,23 @@ def test_too_short_a_recording_is_refused_with_its_length(extractor: EcgMoeFeatu
         ValueError, match=rf"{samples / 250:.2f} s long \({samples} samples at 250 Hz\), shorter.* 2 s"
     ):
         extractor(ecg()[:, :samples], 250, LEADS)
+
+
+@pytest.mark.parametrize(("factor", "unit"), [(1000.0, "uV"), (0.001, "V")])
+@pytest.mark.parametrize("rows", [slice(None), slice(1, 2)], ids=["twelve leads", "one lead"])
+def test_another_unit_than_millivolts_is_refused(
+    extractor: EcgMoeFeatureExtractor, factor: float, unit: str, rows: slice
+) -> None:
+    heart = slow_heart(250)[rows]
+    assert extractor(heart, 250, LEADS[rows])["quality"][0]["clipped"] == 0.0
+    message = rf"standard deviation is .* mV, .*is the signal in {unit}\? Pass it in mV"
+    with pytest.raises(ValueError, match=f"{message}|all leads are flat .*is the gain right"):
+        extractor(heart * factor, 250, LEADS[rows])
+
+
+def test_one_lead_without_its_axis_is_refused_with_the_way_out(extractor: EcgMoeFeatureExtractor) -> None:
+    with pytest.raises(ValueError, match=r"found \(2500,\); pass one lead as signal\[None\]"):
+        extractor(slow_heart(250)[1], 250, ["II"])
 
 
 @pytest.mark.parametrize("level_mv", [0.0, 1.7])
