@@ -72,7 +72,7 @@ class JsonLines:
 class CsvTable:
     """One row a record; `ecgmoe predict --help` explains the columns."""
 
-    facts = ("record", "path", "status", "error", "sampling_rate", "leads", "duration_s")
+    facts = ("record", "path", "status", "error", "sampling_rate", "leads", "duration_s", "warnings")
 
     def __init__(self, cards: dict[str, "AdapterCard"]) -> None:
         self.columns = list(self.facts)
@@ -85,7 +85,8 @@ class CsvTable:
     def dump(self, line: dict[str, Any]) -> str:
         """See `LineFormat`."""
         cells = {key: line[key] for key in self.facts if key in line}
-        cells |= {"leads": ";".join(line["leads"])} if "leads" in line else {}
+        if "quality" in line:
+            cells |= {"leads": ";".join(line["leads"]), "warnings": "; ".join(line["quality"]["warnings"])}
         for name, answer in line.get("tasks", {}).items():
             cells[name] = answer["value"] if "value" in answer else ";".join(answer["labels"])
             parts = dict(zip(("low", "high"), answer.get("interval", ()), strict=False))
@@ -214,6 +215,7 @@ def show_record(line: dict[str, Any], cards: dict[str, "AdapterCard"]) -> str:
     rows = [
         f"{line['record']}: {line['duration_s']:g} s at {line['sampling_rate']:g} Hz, {beats} beats, leads {leads}"
     ]
+    rows += [f"  beware: {warning}" for warning in line["quality"]["warnings"]]
     width = max(map(len, cards), default=0)
     for name, answer in line["tasks"].items():
         shown = list(_show_answer(answer, cards[name]))

@@ -26,7 +26,11 @@ Beside --out FILE, FILE.model.json says which model and adapters answered; --res
 A JSON line holds record, path, status, sampling_rate, leads, duration_s, quality and tasks; a record that cannot be
 answered has status "error" and the reason in error, and the others go on.
 
-CSV columns: record, path, status, error, sampling_rate (Hz), leads (joined by ;), duration_s, and for each task
+quality says in its warnings what to know of a recording: that it may be no ECG, swapped arm electrodes, and the like.
+Answers of a recording longer than 10 seconds are the mean over its windows: what lasts a few seconds hardly shows.
+
+CSV columns: record, path, status, error, sampling_rate (Hz), leads (joined by ;), duration_s, warnings (joined by ;),
+and for each task
   a regression      <task>, and <task>_low and <task>_high, the ends of its interval where it has one
   a classification  <task>, the labels given (joined by ;), and <task>_<label>, the probability of each
   either            <task>_evidence, where the adapter was not trained on real recordings

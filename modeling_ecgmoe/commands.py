@@ -122,19 +122,21 @@ def ask_records(
 
     from .prediction import predict_records
 
-    started, num_failed = time.monotonic(), 0
+    started, num_failed, num_warned = time.monotonic(), 0, 0
     with contextlib.closing(predict_records(many, paths, facts, args.batch_size)) as lines:
         # None: a bar on a terminal, nothing in a log.
         for line in tqdm(lines, total=len(paths), unit=" records", disable=True if args.quiet else None):
             with tqdm.external_write_mode():
                 write(line)
+                num_warned += bool(line.get("quality", {}).get("warnings"))
                 if line["status"] != "ok":
                     num_failed += 1
                     if tell and not args.quiet:
                         print("ecgmoe:", printable(f"{line['error']} ({line['path']})"), file=sys.stderr)
     if not args.quiet:
         count, seconds = f"{len(paths) - num_failed} of {len(paths)} records {answered}", time.monotonic() - started
-        print(f"ecgmoe: {count} in {seconds:.1f} s", file=sys.stderr)
+        warned = f", {num_warned} of them with warnings" if num_warned else ""
+        print(f"ecgmoe: {count} in {seconds:.1f} s{warned}", file=sys.stderr)
     return EXIT_SOME_FAILED if num_failed else EXIT_OK
 
 

@@ -84,7 +84,8 @@ def find_ecgs(paths: Iterable[str | Path]) -> list[Path]:
     """The ECG files behind a mixture of files and folders, each once.
 
     Folders are walked; files in them that are not ECGs are passed over, and the files of a WFDB record count as one,
-    its header. A path that is named itself is always returned, so that its reader reports what is wrong with it.
+    its header. A path that is named itself is always returned, so that its reader reports what is wrong with it, and
+    so is what lies in a folder and can only be a damaged recording.
 
     Returns:
         in the order of `paths`, sorted within a folder.
@@ -141,15 +142,17 @@ def _segment_headers(header: Path) -> list[Path]:
 
 
 def _looks_like_ecg(path: Path) -> bool:
-    """Whether a file that nobody named is worth reading, by its first bytes."""
+    """Whether a file that nobody named is worth reading, by its first bytes, if only to be told what is wrong."""
     suffix = path.suffix.lower()
+    if suffix in _OWN_SUFFIXES:
+        return True
     try:
-        if suffix == ".hea":
-            return True
         if suffix in DELIMITERS:
             return looks_like_table(path)
         with path.open("rb") as file:
             start = file.read(4096)
+            if not start:
+                return suffix in READERS
             reader = _reader_of(path)
             if reader is read_npy:
                 file.seek(0)
@@ -165,9 +168,9 @@ def _looks_like_ecg(path: Path) -> bool:
             return b'"recordedAt"' in start
         if reader is read_mat:
             return looks_like_mat(path)
-        return suffix in _UNSIGNED_SUFFIXES or any(start[place:].startswith(magic) for place, magic, _ in SIGNATURES)
+        return any(start[place:].startswith(magic) for place, magic, _ in SIGNATURES)
     except (EcgFileError, OSError, zipfile.BadZipFile):
-        return False
+        return suffix in READERS and suffix not in DELIMITERS
 
 
 def _read_wfdb_file(path: Path, facts: Facts) -> Ecg:
@@ -214,5 +217,5 @@ SIGNATURES: tuple[tuple[int, bytes, Reader], ...] = (
     (0, b"\x89HDF", read_mat),
     (0, b"<?xml", read_xml),
 )
-_UNSIGNED_SUFFIXES = (".scp", ".mwf", ".mfer")
+_OWN_SUFFIXES = (".hea", ".edf", ".bdf", ".scp", ".ecg", ".mwf", ".mfer")  # of recordings alone
 _TEXT_SUFFIXES = (".hea", *DELIMITERS)

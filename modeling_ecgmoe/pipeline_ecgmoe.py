@@ -5,6 +5,7 @@ Arrays and adapters need no more than what the Hub gives out with the weights; f
 
 import importlib
 import importlib.util
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -12,15 +13,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from torch.utils.data import Dataset
 from transformers import AutoModelForTimeSeriesPrediction, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .adapter_card import CARD_FILE, AdapterCard
-from .adapters import SIGNAL_KEYS, MultiTask
+from .adapters import FEATURES, SIGNAL_KEYS, MultiTask
 from .feature_extraction_ecgmoe import EcgMoeFeatureExtractor, Prepared
 from .modeling_ecgmoe import PIPELINE_TASK, EcgMoeForTasks
 from .record_answers import BATCH_SIZE, LoadedRecord, answer_records, prepare_record, refuse_record
+from .temporal import mean_and_max
+from .typicality import TYPICALITY_FILE, Typicality
+
+logger = logging.getLogger(__name__)
 
 Adapters = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -37,7 +44,10 @@ class JointHeads(MultiTask):
         """See `MultiTask.logits`."""
         features = self.extractor.pad(windows, return_tensors="pt")
         output = self.model(**{name: features[name].to(self.model.device) for name in SIGNAL_KEYS})
-        return {name: value.float().cpu().numpy() for name, value in output.logits.items()}
+        outputs = output.logits
+        if self.typicality is not None:
+            outputs = outputs | {FEATURES: mean_and_max(*output.encoder.memories()["tokens"])}
+        return {name: value.float().cpu().numpy() for name, value in outputs.items()}
 
     def answer(self, prepared: Sequence[Prepared], batch_size: int = BATCH_SIZE) -> list[dict[str, dict[str, Any]]]:
         """See `MultiTask.answer`; each answer says that it is not calibrated."""
@@ -96,6 +106,7 @@ class EcgMoePipeline(Pipeline):
             self.many = MultiTask(self.model, self.feature_extractor)
             for source in _adapter_folders(adapters):
                 self.many.load(source)
+        self.many.typicality = _typicality_of(self.model, self.many.base)
         self._check_tasks(self._postprocess_params.get("tasks", []))
 
     def __call__(self, inputs: Any, **kwargs: Any) -> Any:
@@ -198,6 +209,24 @@ def _adapter_folders(adapters: Adapters) -> list[str]:
         inside = sorted(Path(source).glob(f"*/{CARD_FILE}"))
         sources += [str(card.parent) for card in inside] or [str(source)]
     return sources
+
+
+def _typicality_of(model: EcgMoeForTasks, base: str) -> Typicality | None:
+    """What is typical, from beside the weights that the model was loaded from; None where nothing is known of it."""
+    name = model.name_or_path
+    if not name:
+        return None
+    folder = Path(name)
+    try:
+        if not folder.is_dir():
+            commit = getattr(model.config, "_commit_hash", None)
+            folder = Path(hf_hub_download(name, TYPICALITY_FILE, revision=commit)).parent
+        return Typicality.load(folder, base)
+    except EntryNotFoundError:  # the repository has no such file, or this machine has no copy of it
+        return None
+    except (HfHubHTTPError, HFValidationError, ValueError) as error:  # of weights that were changed since, too
+        logger.warning("how typical recordings are is left out: %s", error)
+        return None
 
 
 def _load_file(

@@ -15,6 +15,10 @@ from .adapters import MultiTask
 from .feature_extraction_ecgmoe import Prepared
 
 BATCH_SIZE = 32
+UNTYPICAL = (
+    2.0  # percentile of `typicality`; of white noise almost all lies below, of other hospitals' ECGs one in twenty
+)
+NOTED_SHARE = 0.01
 
 
 @dataclass
@@ -83,4 +87,29 @@ def _finished(line: dict[str, Any], tasks: dict[str, Any]) -> dict[str, Any]:
         json.dumps(tasks, allow_nan=False)
     except ValueError:
         return refuse_record(line, "the model gives no finite answer; leave it out, and report it").line
+    line["quality"]["warnings"] = find_warnings(line["quality"])
     return line | {"tasks": tasks}
+
+
+def find_warnings(quality: dict[str, Any]) -> list[str]:
+    """What a reader of the answers should know of the recording, in words, from its quality report."""
+    found = []
+    typicality = quality.get("typicality")
+    if typicality is not None and typicality < UNTYPICAL:
+        found.append(
+            f"less typical than {100 - typicality:.3g} % of the recordings that the model was checked on: this may be "
+            "no ECG"
+        )
+    if (quality.get("arm_electrodes_swapped") or 0.0) > 0.5:
+        found.append("the electrodes of the arms seem to be swapped")
+    if not quality["beats"]:
+        found.append("no beats were found")
+    if quality["clipped"] > NOTED_SHARE:
+        found.append(f"{quality['clipped']:.0%} of the samples are beyond what the model sees and were cut")
+    if quality["missing"] > NOTED_SHARE:
+        found.append(f"{quality['missing']:.0%} of the samples are missing")
+    if quality["flat_leads"]:
+        found.append(f"flat and left out: {', '.join(quality['flat_leads'])}")
+    if quality.get("windows_refused"):
+        found.append(f"{quality['windows_refused']} stretches of 10 s could not be used")
+    return found

@@ -85,15 +85,11 @@ def quality_text(line: dict[str, Any]) -> str:
     """The quality report in a sentence or two."""
     quality = line["quality"]
     parts = [f"Leads used: {', '.join(line['leads'])}.", f"{quality['beats']} beats in {line['duration_s']:g} s."]
-    if quality["flat_leads"]:
-        parts.append(f"Flat and left out: {', '.join(quality['flat_leads'])}.")
     if quality["period_from"] != "r_peaks":
         parts.append(f"The heart's period comes from: {quality['period_from']}.")
-    parts += [f"{quality[key]:.1%} of the samples are {key}." for key in ("clipped", "missing") if quality[key]]
     if quality.get("typicality") is not None:
         parts.append(f"More typical than {quality['typicality']:.0f} % of the recordings the model was checked on.")
-    if (quality.get("arm_electrodes_swapped") or 0.0) > 0.5:
-        parts.append("The electrodes of the arms seem to be swapped, if this is an ECG at all.")
+    parts += [f"**{warning[0].upper()}{warning[1:]}.**" for warning in quality["warnings"]]
     return " ".join(parts)
 
 

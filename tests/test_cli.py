@@ -192,7 +192,7 @@ def test_a_csv_row_says_what_the_json_line_says(tmp_path: Path, model: Path, wri
     with (tmp_path / "o.csv").open(newline="") as file:
         row, gone_row = csv.DictReader(file)
     assert list(row) == [
-        "record", "path", "status", "error", "sampling_rate", "leads", "duration_s",
+        "record", "path", "status", "error", "sampling_rate", "leads", "duration_s", "warnings",
         "age", "age_low", "age_high", "sex", "sex_male", "sex_female",
     ]  # fmt: skip
     age, sex = line["tasks"]["age"], line["tasks"]["sex"]

@@ -249,13 +249,32 @@ def test_folders_are_searched_for_every_format_and_nothing_else(tmp_path: Path, 
     (tmp_path / "page.xml").write_text("<html><RestingECG/></html>", encoding="utf-8")
     (tmp_path / "settings.json").write_text("{}", encoding="utf-8")
     (tmp_path / "video.dat").write_bytes(b"\0" * 1000)
-    (tmp_path / "notes.ecg").write_bytes(b"Dear doctor")
-    (tmp_path / "empty.edf").write_bytes(b"")
     scipy.io.savemat(tmp_path / "results.mat", {"accuracy": np.zeros((3, 3))})
     scan = pydicom.dcmread(paths[2])
     scan.file_meta.MediaStorageSOPClassUID = scan.SOPClassUID = "1.2.840.10008.5.1.4.1.1.2"
     scan.save_as(tmp_path / "scan.dcm")
     assert find_ecgs([tmp_path]) == sorted([*paths, tmp_path / "IM0001"])
+
+
+def test_what_can_only_be_a_damaged_recording_is_found_and_its_reader_says_so(tmp_path: Path, truth: Ecg) -> None:
+    np.savez(tmp_path / "archive.npz", signal=truth.signal, sampling_rate=truth.sampling_rate, unit="mV")
+    content = {
+        "half.npz": (tmp_path / "archive.npz").read_bytes()[:5000],
+        "head.npy": b"\x93NUMPY\x01",
+        "empty.edf": b"",
+        "empty.dcm": b"",
+        "empty.mat": b"",
+        "zeros.edf": b"\0" * 4096,
+        "notes.ecg": b"Dear doctor",
+    }
+    for name, damaged in content.items():
+        (tmp_path / name).write_bytes(damaged)
+    (tmp_path / "RECORDS").write_bytes(b"")
+    (tmp_path / "empty.txt").write_bytes(b"")
+    assert {path.name for path in find_ecgs([tmp_path])} == {*content, "archive.npz"}
+    for name in content:
+        with pytest.raises(EcgFileError):
+            read_ecg(tmp_path / name)
 
 
 def test_records_with_names_in_capitals_are_found_and_read(tmp_path: Path, truth: Ecg) -> None:

@@ -1,5 +1,6 @@
 """What is typical: noise is not, the file beside the weights is checked, and a model without it answers as before."""
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,15 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from tiny_model import save_tiny_model
+from transformers import pipeline
 
 from benchmarks.refusal import SPOILED, amiss, most_suspicious, pink_noise, swap_arms
 from data_builders.synthetic import synthetic_ecg
+from modeling_ecgmoe import EcgMoeFeatureExtractor, EcgMoeForTasks
 from modeling_ecgmoe.adapters import MultiTask
+from modeling_ecgmoe.cli import main
 from modeling_ecgmoe.leads import LEADS
-from modeling_ecgmoe.record_answers import answer_records, prepare_record
+from modeling_ecgmoe.record_answers import answer_records, find_warnings, prepare_record
 from modeling_ecgmoe.temporal import mean_and_max
 from modeling_ecgmoe.typicality import TYPICALITY_FILE, Typicality, fit_typicality
 
@@ -186,6 +190,61 @@ def test_noise_is_less_typical_than_a_heart_for_the_published_model() -> None:
     for name in noises:
         assert quality_of(many, SPOILED[name](np.zeros((12, 1000)), rng))["typicality"] < heart["typicality"], name
     assert (HUB / TYPICALITY_FILE).stat().st_size < 1e6
+
+
+@pytest.mark.skipif(not (HUB / TYPICALITY_FILE).is_file(), reason=f"hub/model holds no {TYPICALITY_FILE}")
+@pytest.mark.parametrize("adapters", [None, HUB.parent / "adapters/sex"], ids=["heads", "adapter"])
+def test_the_pipeline_warns_of_what_may_be_no_ecg(adapters: Path | None) -> None:
+    analyse = pipeline("ecg-analysis", model=str(HUB), adapters=adapters)
+    noise = SPOILED["1/f noise as of an EEG, 50 µV"](np.zeros((12, 1000)), np.random.default_rng(0))
+    of_heart, of_noise = analyse([hearts(1)[0], noise], sampling_rate=100, lead_names=LEADS)
+    assert of_heart["quality"]["typicality"] > of_noise["quality"]["typicality"]
+    assert not any("no ECG" in warning for warning in of_heart["quality"]["warnings"])
+    assert any("this may be no ECG" in warning for warning in of_noise["quality"]["warnings"])
+
+
+def test_a_pipeline_of_changed_weights_says_nothing_of_what_is_typical(caplog: pytest.LogCaptureFixture) -> None:
+    changed = EcgMoeForTasks.from_pretrained(HUB)
+    torch.nn.init.zeros_(changed.ecgmoe.fusion.norm.bias)
+    analyse = pipeline("ecg-analysis", model=changed, feature_extractor=EcgMoeFeatureExtractor.from_pretrained(HUB))
+    line = analyse(hearts(1)[0], sampling_rate=100, lead_names=LEADS)
+    assert "typicality" not in line["quality"]
+    assert "how typical recordings are is left out" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        ({"typicality": 0.3}, "less typical than 99.7 % of the recordings that the model was checked on"),
+        ({"typicality": None, "arm_electrodes_swapped": 0.9}, "the electrodes of the arms seem to be swapped"),
+        ({"beats": 0}, "no beats were found"),
+        ({"clipped": 0.12}, "12% of the samples are beyond what the model sees"),
+        ({"missing": 0.5}, "50% of the samples are missing"),
+        ({"flat_leads": ["V1", "V2"]}, "flat and left out: V1, V2"),
+        ({"windows_refused": 2}, "2 stretches of 10 s could not be used"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_to_know_of_a_recording_is_said_in_words(changes: dict[str, Any], warning: str) -> None:
+    quality: dict[str, Any] = {"beats": 12, "clipped": 0.0, "missing": 0.0, "flat_leads": [], "windows_refused": 0}
+    assert find_warnings(quality | {"typicality": 50.0, "arm_electrodes_swapped": 0.01}) == []
+    (found,) = find_warnings(quality | changes)
+    assert found.startswith(warning)
+
+
+def test_warnings_reach_the_table_and_the_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    signal = hearts(1)[0]
+    signal[7] = 0.0
+    np.savez(tmp_path / "flat.npz", signal=signal, sampling_rate=100, lead_names=np.array(LEADS), unit="mV")
+    folder = save_tiny_model(tmp_path / "hub", tasks=("sex",))
+    arguments = ["predict", str(tmp_path / "flat.npz"), "--model", str(folder)]
+    assert main([*arguments, "--table", "--out", str(tmp_path / "o.csv")]) == 0
+    printed = capsys.readouterr()
+    assert "beware: flat and left out: V2" in printed.out
+    assert "1 of 1 records answered" in printed.err
+    assert "1 of them with warnings" in printed.err
+    with (tmp_path / "o.csv").open(newline="") as file:
+        assert [row["warnings"] for row in csv.DictReader(file)] == ["flat and left out: V2"]
 
 
 # What is spoiled on purpose
