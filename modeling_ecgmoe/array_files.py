@@ -106,11 +106,10 @@ def ecg_of_array(
     num_names = len(names or facts.lead_names or ())
     if num_names and num_names != array.shape[0] and num_names == array.shape[1]:
         array = array.T  # (samples, leads): the names leave no doubt
-    settled = facts.settle_names(names, array.shape[0])
-    scale = facts.settle_unit(unit)
+    settled_rate, settled, scale = facts.settle(rate, names, array.shape[0], unit)
     with np.errstate(over="ignore", invalid="ignore"):
         signal = np.multiply(array, scale, dtype=np.float64).astype(np.float32)
-    return Ecg(signal, facts.settle_rate(rate), settled)
+    return Ecg(signal, settled_rate, settled)
 
 
 def _split_line(line: str, suffix: str) -> list[str]:

@@ -77,6 +77,25 @@ class Facts:
     lead_names: tuple[str, ...] | None = None
     unit: str | None = None
 
+    def settle(
+        self, rate: float | None, names: Sequence[str] | None, num_leads: int, unit: str | None
+    ) -> tuple[float, tuple[str, ...], float]:
+        """Sampling rate, lead names and scale in mV at once, so that all that is missing is asked for in one line."""
+        missing = [
+            how
+            for how, known in (
+                ("sampling_rate (--sampling_rate), in Hz", rate or self.sampling_rate),
+                ("unit (--unit): V, mV, uV or nV", unit or self.unit),
+                (f"lead_names (--leads), {num_leads} in file order", any(names or ()) or self.lead_names),
+            )
+            if not known
+        ]
+        if len(missing) > 1:
+            *first, last = missing
+            raise EcgFileError(f"the file does not say all that must be known; pass {', '.join(first)} and {last}")
+        settled, scale = self.settle_names(names, num_leads), self.settle_unit(unit)
+        return self.settle_rate(rate), settled, scale
+
     def settle_rate(self, own: float | None) -> float:
         """The sampling rate, from the file or the caller, who must agree."""
         given = self.sampling_rate

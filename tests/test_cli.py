@@ -106,7 +106,7 @@ BAD_RECORDS = {
     "flat": "flat",
     "no_samples": "no samples",
     "half_second": "shorter than the 2 s",
-    "unknown_leads": "name the leads",
+    "unknown_leads": "pass the right ones as lead_names (--leads)",
     "absurd_rate": "2e+06 Hz",
     "not_a_header": "header",
 }

@@ -430,7 +430,7 @@ def test_running_column_numbers_are_not_taken_for_leads(tmp_path: Path) -> None:
         ("I [mV],II [uV]\n0.1,0.2\n", "several units"),
         ("time [s],I [uV],II\n0.0,0.1,0.2\n", "several units (none, uV)"),
         ("I [bpm]\n0.1\n", "'bpm' is not a voltage"),
-        ("I\n0.1\n", "pass unit"),
+        ("I\n0.1\n", "pass sampling_rate (--sampling_rate), in Hz and unit (--unit): V, mV, uV or nV"),
         ("time [s],I [mV]\n0,0.1\n0.004,0.2\n5,0.1\n", "do not rise evenly"),
         ("time [h],I [mV]\n0,0.1\n1,0.2\n", "pass sampling_rate"),
     ],

@@ -99,6 +99,16 @@ def test_a_lead_that_the_file_does_not_have_is_refused_with_those_it_has(many: M
     assert line["error"] == "two: it has no lead V3, its leads are I, II; choose among them"
 
 
+def test_all_that_a_file_does_not_say_is_asked_for_at_once(many: MultiTask, tmp_path: Path) -> None:
+    np.save(tmp_path / "bare.npy", synthetic_ecg().ecg.signal)
+    line, _ = predict_record(many, tmp_path / "bare.npy")
+    asked = ("sampling_rate (--sampling_rate), in Hz", "unit (--unit): V, mV, uV or nV", "(--leads), 12 in file order")
+    assert all(option in line["error"] for option in asked)
+    line, _ = predict_record(many, tmp_path / "bare.npy", FileFacts(leads=LEADS))
+    assert all(option in line["error"] for option in asked[:2])
+    assert "--leads" not in line["error"]
+
+
 @pytest.mark.parametrize("option", ["--sampling_rate", "--unit", "--leads"])
 def test_a_fact_that_an_array_lacks_is_asked_for_by_the_name_of_the_option(
     many: MultiTask, tmp_path: Path, option: str

@@ -95,7 +95,8 @@ def arrange_leads(signal: np.ndarray, lead_names: Sequence[str]) -> tuple[np.nda
         used.append(lead)
     if not seen:
         raise ValueError(
-            f"none of the lead names {list(lead_names)} is one of the twelve leads {', '.join(LEADS)}; name the leads"
+            f"none of the lead names {list(lead_names)} is one of the twelve leads {', '.join(LEADS)}; pass the right "
+            "ones as lead_names (--leads)"
         )
     _derive_limb_leads(arranged)
     return arranged, sorted(used, key=LEADS.index)
