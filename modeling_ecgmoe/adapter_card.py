@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,28 @@ class AdapterCard:
                 label: round(float(p), 4) for label, p in zip(task.labels, probabilities, strict=True)
             }
         return out if self.evidence == "measured" else out | {"evidence": self.evidence}
+
+    def found_in_windows(self, logits: np.ndarray, starts_s: Sequence[float]) -> dict[str, dict[str, Any]]:
+        """Where in a long recording each label of a multi-label task was given: a mean hides what soon passes.
+
+        Args:
+            logits: (windows, outputs) of the task's head; starts_s: where each window begins.
+
+        Returns:
+            label to `windows`, in how many of them it was given, and the `highest` of their probabilities with the
+            `start_s` of that window; without the labels that none was given.
+        """
+        probabilities = self.probabilities(logits)
+        given = probabilities >= np.array(self.thresholds or 0.5)
+        found = {}
+        for index in np.flatnonzero(given.any(axis=0)):
+            best = int(probabilities[:, index].argmax())
+            found[self.task.labels[index]] = {
+                "windows": int(given[:, index].sum()),
+                "highest": round(float(probabilities[best, index]), 4),
+                "start_s": round(starts_s[best], 3),
+            }
+        return found
 
     def calibrated(self, logits: np.ndarray) -> np.ndarray:
         """The calibrated logits (..., outputs) of a classification."""

@@ -27,7 +27,8 @@ A JSON line holds record, path, status, sampling_rate, leads, duration_s, qualit
 answered has status "error" and the reason in error, and the others go on.
 
 quality says in its warnings what to know of a recording: that it may be no ECG, swapped arm electrodes, and the like.
-Answers of a recording longer than 10 seconds are the mean over its windows: what lasts a few seconds hardly shows.
+Answers of a recording longer than 10 seconds are the mean over its windows; windows in the answers of rhythms and
+statements says in how many of them each label was given, and where it was most probable.
 
 CSV columns: record, path, status, error, sampling_rate (Hz), leads (joined by ;), duration_s, warnings (joined by ;),
 and for each task

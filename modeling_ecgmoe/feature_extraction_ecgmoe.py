@@ -28,7 +28,7 @@ class Prepared:
     """A recording ready for the model.
 
     Args:
-        windows: what the feature extractor made of each window of at most `window_s`.
+        windows: what the feature extractor made of each window of at most `window_s`, and the `start_s` of each.
         quality: its report, joined over the windows.
         leads: the leads that were read.
     """
@@ -226,7 +226,7 @@ class EcgMoeFeatureExtractor(FeatureExtractionMixin):
                 refused.append(error)
                 continue
             # Where windows overlap, beats count once.
-            start_s = start / sampling_rate
+            start_s = windows[-1]["start_s"] = start / sampling_rate
             beats += int((start_s + windows[-1]["r_peaks"] / self.sampling_rate >= counted_to_s).sum())
             counted_to_s = start_s + self.window_s
         if not windows:

@@ -131,6 +131,10 @@ def label_cells(answer: dict[str, Any]) -> list[str]:
         cells.append(f'<td>{text}</td><td><meter value="{p:.4f}"></meter> {p:.2f}</td>')
     if len(given) > MAX_LABELS:
         cells.append(f"<td>and {len(given) - MAX_LABELS} more</td><td></td>")
+    passing = {label: found for label, found in answer.get("windows", {}).items() if label not in given}
+    for label, found in sorted(passing.items(), key=lambda item: -item[1]["highest"])[:MAX_LABELS]:
+        where = f"in {found['windows']} stretches of 10 s, most at {found['start_s']:g} s"
+        cells.append(f"<td><b>{escape(label)}</b> {where}</td><td>{found['highest']:.2f}</td>")
     return cells
 
 

@@ -1,6 +1,7 @@
 """From files to answers: what may not change them, what a file must say, and many files in a row."""
 
 import itertools
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from tiny_model import save_tiny_model
 
 from data_builders.synthetic import SyntheticEcg, synthetic_ecg, write_wfdb
 from modeling_ecgmoe.adapters import MultiTask
+from modeling_ecgmoe.answer_files import show_record
 from modeling_ecgmoe.commands import load_model
 from modeling_ecgmoe.ecg_files import Ecg
 from modeling_ecgmoe.leads import LEADS
@@ -83,6 +85,32 @@ def test_the_caller_names_channels_whose_own_names_say_nothing(many: MultiTask, 
     assert predict_record(many, numbered)[0]["status"] == "error"
     line, _ = predict_record(many, numbered, FileFacts(leads=("I", "II")))
     assert line["tasks"] == predict_record(many, named)[0]["tasks"]
+
+
+@needs_bundled_weights
+def test_what_passes_in_ten_seconds_is_found_in_its_window_though_the_mean_hides_it(
+    bundled: MultiTask, tmp_path: Path
+) -> None:
+    sinus, fibrillation = (
+        synthetic_ecg(sampling_rate=250, duration_s=d, rate_bpm=72, rhythm=r, noise_mv=0.01, seed=3).ecg.signal
+        for d, r in ((60.0, "sinus"), (10.0, "atrial_fibrillation"))
+    )
+    burst = sinus.copy()
+    burst[:, 30 * 250 : 40 * 250] = fibrillation
+    calm, line = (
+        predict_record(bundled, write_wfdb(Ecg(signal, 250.0, LEADS), tmp_path, name))[0]
+        for signal, name in ((sinus, "calm"), (burst, "burst"))
+    )
+    answer = line["tasks"]["arrhythmia"]
+    assert "AFIB" not in calm["tasks"]["arrhythmia"]["windows"]
+    assert "AFIB" not in answer["labels"]
+    assert (answer["windows"]["AFIB"]["windows"], answer["windows"]["AFIB"]["start_s"]) == (1, 30.0)
+    assert answer["windows"]["AFIB"]["highest"] > 0.5 > answer["probabilities"]["AFIB"]
+    assert answer["windows"]["SR"]["windows"] == 5
+    shown = show_record(line, bundled.cards)
+    assert re.search(r"in 1 windows AFIB, at most 0\.\d\d \(30 s\)", shown)
+    alone, _ = predict_record(bundled, write_wfdb(Ecg(fibrillation, 250.0, LEADS), tmp_path, "alone"))
+    assert "windows" not in alone["tasks"]["arrhythmia"]
 
 
 def test_windows_that_are_refused_are_counted(many: MultiTask, tmp_path: Path) -> None:

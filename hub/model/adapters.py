@@ -236,7 +236,8 @@ class MultiTask:
         return self.extractor.prepare(signal, sampling_rate, lead_names)
 
     def answer(self, prepared: Sequence[Prepared], batch_size: int = 32) -> list[dict[str, dict[str, Any]]]:
-        """Answer all tasks for each recording; the windows of one are averaged.
+        """Answer all tasks for each recording; the windows of one are averaged, and a multi-label task also says in
+        which of them its labels were found.
 
         Where the model knows what is typical, the `quality` of each recording then says how typical it is, None where
         leads are missing.
@@ -254,12 +255,14 @@ class MultiTask:
                 whole = num_leads == len(self.config.leads)
                 record.quality |= self.typicality.report(features[start:end]) if whole else UNKNOWN_TYPICALITY
             error_ms = float(np.mean([mean_rr_error_ms(window["rr_intervals_s"]) for window in record.windows]))
-            answers.append(
-                {
-                    name: card.answer(logits[name][start:end].mean(axis=0), num_leads, error_ms)
-                    for name, card in self.cards.items()
-                }
-            )
+            tasks = {}
+            for name, card in self.cards.items():
+                of_windows = logits[name][start:end]
+                tasks[name] = card.answer(of_windows.mean(axis=0), num_leads, error_ms)
+                if card.task.kind == "multi_label" and end - start > 1:
+                    starts_s = [window["start_s"] for window in record.windows]
+                    tasks[name]["windows"] = card.found_in_windows(of_windows, starts_s)
+            answers.append(tasks)
             start = end
         return answers
 
