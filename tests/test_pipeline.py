@@ -164,6 +164,16 @@ def test_an_array_comes_with_its_rate_and_its_leads(heads: EcgMoePipeline) -> No
     assert line["record"] is None
 
 
+def test_an_array_in_another_unit_is_converted_where_it_says_so_and_refused_where_not(heads: EcgMoePipeline) -> None:
+    whole = row(SIGNALS["a"])
+    in_uv = whole | {"signal": SIGNALS["a"] * 1000.0}
+    expected = heads(whole)
+    assert_alike(heads(in_uv | {"unit": "uV"}), expected)
+    assert_alike(heads(in_uv, unit="µV"), expected)
+    assert "is the signal in uV? Pass it in mV" in heads(in_uv)["error"]
+    assert "'bar' is not a voltage; expected V, mV, uV or nV" in heads(in_uv | {"unit": "bar"})["error"]
+
+
 def test_lists_of_arrays_and_tuples_share_rate_and_leads(heads: EcgMoePipeline) -> None:
     signals = [signal[:2] for signal in SIGNALS.values()]
     lines = heads(signals, sampling_rate=250, lead_names=["I", "II"])

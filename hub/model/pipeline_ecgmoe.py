@@ -24,6 +24,7 @@ from .adapters import FEATURES, SIGNAL_KEYS, MultiTask
 from .feature_extraction_ecgmoe import EcgMoeFeatureExtractor, Prepared
 from .modeling_ecgmoe import PIPELINE_TASK, EcgMoeForTasks
 from .record_answers import BATCH_SIZE, LoadedRecord, answer_records, prepare_record, refuse_record
+from .recording import millivolts_per, shown
 from .temporal import mean_and_max
 from .typicality import TYPICALITY_FILE, Typicality
 
@@ -114,10 +115,11 @@ class EcgMoePipeline(Pipeline):
 
         Args:
             inputs: one recording or many. One is a path; an array (leads, samples) in mV, NaN where missing; or a dict
-                with `signal`, `sampling_rate` and `lead_names`, such as a row of a data set of this project
-                (`record_id` names it). Many are a list, a tuple, a generator, a `datasets.Dataset` or a `KeyDataset`.
+                with `signal`, `sampling_rate`, `lead_names` and, where it is not mV, `unit`, such as a row of a data
+                set of this project (`record_id` names it). Many are a list, a tuple, a generator, a
+                `datasets.Dataset` or a `KeyDataset`.
             sampling_rate, lead_names: of arrays, and of files that do not say them.
-            unit: of files that do not say it: "V", "mV", "uV" or "nV".
+            unit: of arrays that are not in mV, and of files that do not say it: "V", "mV", "uV" or "nV".
             tasks: names of the tasks to answer, all where not given.
             batch_size: recordings at once.
 
@@ -176,14 +178,15 @@ class EcgMoePipeline(Pipeline):
             signal = np.asarray(row.get("signal"), dtype=np.float32)
             rate = sampling_rate if row.get("sampling_rate") is None else row["sampling_rate"]
             names = lead_names if row.get("lead_names") is None else row["lead_names"]
-            if (in_unit := row.get("unit") or unit or "mV") != "mV":
-                raise ValueError(f"an array must be in mV, found unit {in_unit!r}; convert it, or pass a file")
+            scale = millivolts_per(str(in_unit := row.get("unit") or unit or "mV"))
+            if scale is None:
+                raise ValueError(f"unit {shown(in_unit)} is not a voltage; expected V, mV, uV or nV")
             if signal.ndim != 2 or rate is None or names is None:
                 raise ValueError(
                     "expected a signal (leads, samples) in mV with sampling_rate (Hz) and lead_names, found shape "
                     f"{signal.shape}, sampling_rate {rate} and lead_names {names}; pass what is missing"
                 )
-            loaded = prepare_record(self.many, line, signal, float(rate), [str(name) for name in names])
+            loaded = prepare_record(self.many, line, signal * scale, float(rate), [str(name) for name in names])
         except (TypeError, ValueError) as error:
             loaded = refuse_record(line, str(error))
         return {"record": loaded}
