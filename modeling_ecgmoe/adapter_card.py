@@ -178,8 +178,8 @@ class AdapterCard:
             logits: (windows, outputs) of the task's head; starts_s: where each window begins.
 
         Returns:
-            label to `windows`, in how many of them it was given, and the `highest` of their probabilities with the
-            `start_s` of that window; without the labels that none was given.
+            label to `windows`, in how many it was given, `of` how many, and the `highest` of their probabilities with
+            the `start_s` of that window; without the labels that none was given.
         """
         probabilities = self.probabilities(logits)
         given = probabilities >= np.array(self.thresholds or 0.5)
@@ -188,6 +188,7 @@ class AdapterCard:
             best = int(probabilities[:, index].argmax())
             found[self.task.labels[index]] = {
                 "windows": int(given[:, index].sum()),
+                "of": len(starts_s),
                 "highest": round(float(probabilities[best, index]), 4),
                 "start_s": round(starts_s[best], 3),
             }

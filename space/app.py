@@ -25,6 +25,7 @@ from modeling_ecgmoe.ecg_files import Ecg, find_ecgs
 from modeling_ecgmoe.feature_extraction_ecgmoe import Prepared
 from modeling_ecgmoe.leads import arrange_leads
 from modeling_ecgmoe.prediction import FileFacts, predict_record, read_record
+from modeling_ecgmoe.record_answers import UNTYPICAL
 from modeling_ecgmoe.tasks import DESCRIPTIONS, Task
 
 HERE = Path(__file__).resolve().parent
@@ -87,7 +88,7 @@ def quality_text(line: dict[str, Any]) -> str:
     parts = [f"Leads used: {', '.join(line['leads'])}.", f"{quality['beats']} beats in {line['duration_s']:g} s."]
     if quality["period_from"] != "r_peaks":
         parts.append(f"The heart's period comes from: {quality['period_from']}.")
-    if quality.get("typicality") is not None:
+    if (quality.get("typicality") or 0.0) >= UNTYPICAL:
         parts.append(f"More typical than {quality['typicality']:.0f} % of the recordings the model was checked on.")
     parts += [f"**{warning[0].upper()}{warning[1:]}.**" for warning in quality["warnings"]]
     return " ".join(parts)
@@ -133,7 +134,7 @@ def label_cells(answer: dict[str, Any]) -> list[str]:
         cells.append(f"<td>and {len(given) - MAX_LABELS} more</td><td></td>")
     passing = {label: found for label, found in answer.get("windows", {}).items() if label not in given}
     for label, found in sorted(passing.items(), key=lambda item: -item[1]["highest"])[:MAX_LABELS]:
-        where = f"in {found['windows']} stretches of 10 s, most at {found['start_s']:g} s"
+        where = f"in {found['windows']} of {found['of']} windows of 10 s, most at {found['start_s']:g} s"
         cells.append(f"<td><b>{escape(label)}</b> {where}</td><td>{found['highest']:.2f}</td>")
     return cells
 
