@@ -244,8 +244,8 @@ def _show_answer(answer: dict[str, Any], card: "AdapterCard") -> Iterator[str]:
         yield f"and {len(given) - MAX_SHOWN_LABELS} more"
     passing = {label: found for label, found in answer.get("windows", {}).items() if label not in given}
     for label, found in sorted(passing.items(), key=lambda item: -item[1]["highest"])[:MAX_SHOWN_LABELS]:
-        where = f"in {found['windows']} of {found['of']} windows"
-        yield f"{label} {found['highest']:.2f} at {found['start_s']:g} s, {where}  {DESCRIPTIONS.get(label, '')}".rstrip()
+        where = f"at {found['start_s']:g} s, in {found['windows']} of {found['of']} windows"
+        yield f"{label} {found['highest']:.2f} {where}  {DESCRIPTIONS.get(label, '')}".rstrip()
 
 
 def printable(text: str) -> str:
