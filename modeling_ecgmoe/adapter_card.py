@@ -10,7 +10,7 @@ import numpy as np
 from huggingface_hub import ModelCardData
 from scipy.optimize import minimize_scalar
 
-from .tasks import TASKS, Task
+from .tasks import PRIORS, TASKS, Task
 
 CARD_FILE = "task.json"
 # What adapters call their base until they are published; the fingerprint in their card is what is checked.
@@ -142,13 +142,17 @@ class AdapterCard:
                 lines.append(f"- {title}: {value}{unit}{between}")
         return lines + [f"- {name}: {value}" for name, value in left.items()]
 
-    def answer(self, logits: np.ndarray, num_leads: int, prior_error: float | None = None) -> dict[str, Any]:
+    def answer(
+        self, logits: np.ndarray, num_leads: int, prior_error: float | None = None, measured: bool = True
+    ) -> dict[str, Any]:
         """The answer of one record, as the command line gives it.
 
         Args:
             logits: (outputs,) of the task's head.
             num_leads: how many leads the record has; fewer leads, wider intervals.
             prior_error: see `intervals`, *optional*.
+            measured: whether there is the measurement that the task starts from, if it does. Where not, the value is
+                no more than typical, and `evidence` says so.
         """
         task = self.task
         out: dict[str, Any]
@@ -168,7 +172,9 @@ class AdapterCard:
             out["probabilities"] = {
                 label: round(float(p), 4) for label, p in zip(task.labels, probabilities, strict=True)
             }
-        return out if self.evidence == "measured" else out | {"evidence": self.evidence}
+        remarks = [] if self.evidence == "measured" else [self.evidence]
+        remarks += [] if measured or not task.prior else [PRIORS[task.prior]]
+        return out | {"evidence": ", ".join(remarks)} if remarks else out
 
     def calibrated(self, logits: np.ndarray) -> np.ndarray:
         """The calibrated logits (..., outputs) of a classification."""
@@ -179,7 +185,7 @@ class AdapterCard:
         return self.task.answers(self.calibrated(logits))
 
     def intervals(self, values: np.ndarray, num_leads: int, prior_errors: np.ndarray | None = None) -> np.ndarray:
-        """The intervals (records, 2) around a regression's values (records,), in its unit.
+        """The intervals (records, 2) around a regression's values (records,), in its unit, not below its minimum.
 
         With `relative_widths` they are as wide as `prior_errors` (records,) says of each record, in the task's unit.
 
@@ -199,17 +205,20 @@ class AdapterCard:
                     f"the intervals of task {self.task.name} are multiples of an expected error; pass prior_errors"
                 )
             half_widths = half_widths * prior_errors
-        around = values[:, None] + half_widths[:, None] * np.array([-1.0, 1.0])
         halves = self.group_half_widths.get(key)
         if halves is None:
-            return around
+            return self._possible(values[:, None] + half_widths[:, None] * np.array([-1.0, 1.0]))
         bounds = np.array([-np.inf, *self.group_bounds, np.inf])
         lows = np.maximum(values[:, None] - np.array(halves), bounds[:-1])
         highs = np.minimum(values[:, None] + np.array(halves), bounds[1:])
         # The group of the value itself always has such truths; between two groups there is no gap.
         possible = lows <= highs
         low, high = np.where(possible, lows, np.inf).min(axis=1), np.where(possible, highs, -np.inf).max(axis=1)
-        return np.stack([low, high], axis=1)
+        return self._possible(np.stack([low, high], axis=1))
+
+    def _possible(self, intervals: np.ndarray) -> np.ndarray:
+        """What is left of intervals above the task's minimum: no truth lies below, so that they cover as often."""
+        return intervals if self.task.minimum is None else np.maximum(intervals, self.task.minimum)
 
     def _most_leads(self, num_leads: int) -> str:
         """The key of `half_widths` for so many leads: the most that there are, or the widest for fewer than any."""
@@ -227,11 +236,14 @@ class AdapterCard:
 
 
 def renew_card(folder: Path) -> None:
-    """Write an adapter's `task.json` and page anew, with the codes that the task table has today. All else stays."""
+    """Write an adapter's `task.json` and page anew, with the codes and the minimum that the task table has today.
+
+    All else stays.
+    """
     card = AdapterCard.load(folder)
     known = TASKS.get(card.task.name)
     if known is not None and known.reads_like(card.task):
-        card.task = replace(card.task, codes=known.codes)
+        card.task = replace(card.task, codes=known.codes, minimum=known.minimum)
     card.save(folder)
     (folder / "README.md").write_text(card.to_markdown(BASE_MODEL), encoding="utf-8")
 

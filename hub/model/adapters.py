@@ -236,7 +236,8 @@ class MultiTask:
         return self.extractor.prepare(signal, sampling_rate, lead_names)
 
     def answer(self, prepared: Sequence[Prepared], batch_size: int = 32) -> list[dict[str, dict[str, Any]]]:
-        """Answer all tasks for each recording; the windows of one are averaged.
+        """Answer all tasks for each recording; the windows of one are averaged. Where a task starts from the RR
+        intervals, windows without any count only if no other has some.
 
         Where the model knows what is typical, the `quality` of each recording then says how typical it is, None where
         leads are missing.
@@ -253,10 +254,19 @@ class MultiTask:
                 # It knows what is typical of twelve leads: of fewer, everything is untypical.
                 whole = num_leads == len(self.config.leads)
                 record.quality |= self.typicality.report(features[start:end]) if whole else UNKNOWN_TYPICALITY
-            error_ms = float(np.mean([mean_rr_error_ms(window["rr_intervals_s"]) for window in record.windows]))
+            has_rr = np.array([(window["rr_intervals_s"] > 0).any() for window in record.windows])
+            every = np.ones_like(has_rr)
+            measured = has_rr if has_rr.any() else every
+            errors_ms = np.array([mean_rr_error_ms(window["rr_intervals_s"]) for window in record.windows])
+            error_ms = float(errors_ms[measured].mean())
             answers.append(
                 {
-                    name: card.answer(logits[name][start:end].mean(axis=0), num_leads, error_ms)
+                    name: card.answer(
+                        logits[name][start:end][measured if card.task.prior else every].mean(axis=0),
+                        num_leads,
+                        error_ms,
+                        bool(has_rr.any()),
+                    )
                     for name, card in self.cards.items()
                 }
             )
