@@ -11,7 +11,7 @@ from peft import PeftModel
 from test_remote_code import ROOT, run_python
 from tiny_model import save_tiny_model, tiny_model
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from data_builders.synthetic import synthetic_ecg
 from modeling_ecgmoe.classification_ecgmoe import EcgMoeForSequenceClassification
@@ -154,6 +154,41 @@ def test_a_classifier_comes_back_with_its_label_names_and_opens_as_an_encoder(
     assert {f"{entry.split('.')[0]}.py" for entry in auto_map.values()} <= {p.name for p in tmp_path.glob("*.py")}
     _, info = EcgMoeModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+
+
+def test_the_extractors_output_goes_into_every_model_as_it_is(hub: Path) -> None:
+    signal = synthetic_ecg(sampling_rate=250, noise_mv=0.01).ecg.signal
+    features = EcgMoeFeatureExtractor()(signal, 250, LEADS, return_tensors="pt")
+    inputs = {name: features[name] for name in EcgMoeFeatureExtractor.model_input_names}
+    classifier = AutoModelForSequenceClassification.from_pretrained(hub / "model", num_labels=2)
+    for model in (tiny_model().ecgmoe, tiny_model(), classifier):
+        with torch.no_grad():
+            whole, known = model.eval()(**features), model(**inputs)
+        first, second = (out["logits"] if "logits" in out else out["pooler_output"] for out in (whole, known))
+        torch.testing.assert_close(first, second, atol=0, rtol=0)
+        with pytest.raises(TypeError, match=r"forward\(\) has no argument r_peak; leave it out"):
+            model(**inputs, r_peak=None)
+
+
+def test_transformers_trainer_learns_from_the_extractors_output(hub: Path, tmp_path: Path) -> None:
+    signal = synthetic_ecg(sampling_rate=250, noise_mv=0.01).ecg.signal
+    features = EcgMoeFeatureExtractor()(signal, 250, LEADS, return_tensors="np")
+    rows = [{name: value[0] for name, value in features.items()} | {"labels": label} for label in (0, 1)]
+    model = AutoModelForSequenceClassification.from_pretrained(hub / "model", num_labels=2)
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", save_strategy="no", use_cpu=True)
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    assert not trainer.model_accepts_loss_kwargs
+    assert np.isfinite(trainer.train().training_loss)
+
+
+def test_a_head_that_no_task_names_is_told(hub: Path) -> None:
+    config = EcgMoeConfig.from_pretrained(hub / "model")
+    config.tasks = {name: task for name, task in config.tasks.items() if name != "sex"}
+    _, info = EcgMoeForTasks.from_pretrained(hub / "model", config=config, output_loading_info=True)
+    assert set(info["unexpected_keys"]) == {"heads.head_sex.weight", "heads.head_sex.bias"}
+    for kind in (EcgMoeModel, EcgMoeForSequenceClassification):
+        assert not kind.from_pretrained(hub / "model", output_loading_info=True)[1]["unexpected_keys"]
 
 
 # Adapters, through transformers itself
