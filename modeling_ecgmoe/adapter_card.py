@@ -10,6 +10,7 @@ import numpy as np
 from huggingface_hub import ModelCardData
 from scipy.optimize import minimize_scalar
 
+from .configuration_ecgmoe import PRETRAINING_TASKS
 from .tasks import PRIORS, TASKS, Task
 
 CARD_FILE = "task.json"
@@ -113,9 +114,36 @@ class AdapterCard:
             "from modeling_ecgmoe.adapters import MultiTask\n",
             f'model = MultiTask.from_pretrained("{base_model}", tasks=["{base_model}-{task.name}"])',
             "```\n",
+            *self._peft_lines(base_model),
             "Research software, not a medical device: its answers must not guide the care of a patient.",
         ]
         return "\n".join(lines) + "\n"
+
+    def _peft_lines(self, base_model: str) -> list[str]:
+        """How PEFT alone opens the adapter, whose base is the class with the heads."""
+        name, known = self.task.name, TASKS.get(self.task.name)
+        has_head = name in PRETRAINING_TASKS and known is not None and known.reads_like(self.task)
+        imports, own_head = [], []
+        if not has_head:
+            imports = ["import json", "from huggingface_hub import hf_hub_download"]
+            own_head = [
+                f'card = json.load(open(hf_hub_download("{base_model}-{name}", "{CARD_FILE}")))',
+                'base.add_task(Task.from_dict(card["task"]))',
+            ]
+        return [
+            "With PEFT alone, on what the feature extractor gives; the base must be the class with the heads:\n",
+            "```python",
+            *imports,
+            "from peft import PeftModel",
+            "from transformers import AutoModelForTimeSeriesPrediction",
+            *([] if has_head else ["from modeling_ecgmoe.tasks import Task"]),
+            "",
+            f'base = AutoModelForTimeSeriesPrediction.from_pretrained("{base_model}", trust_remote_code=True)',
+            *own_head,
+            f'model = PeftModel.from_pretrained(base, "{base_model}-{name}").eval()',
+            f'logits = model(**features, tasks=["{name}"]).logits["{name}"]',
+            "```\n",
+        ]
 
     def _label_table(self) -> list[str]:
         task = self.task

@@ -8,17 +8,20 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from test_remote_code import ROOT, run_python
+from test_remote_code import ROOT, python_of, run_python
 from tiny_model import save_tiny_model, tiny_model
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from data_builders.synthetic import synthetic_ecg
+from modeling_ecgmoe.adapter_card import BASE_MODEL, AdapterCard
 from modeling_ecgmoe.classification_ecgmoe import EcgMoeForSequenceClassification
 from modeling_ecgmoe.configuration_ecgmoe import EcgMoeConfig
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.leads import LEADS
+from modeling_ecgmoe.lora import lora_model, save_adapter
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeForTasks, EcgMoeModel
+from modeling_ecgmoe.tasks import TASKS, Task
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +211,26 @@ def test_load_adapter_answers_as_peft_does(hub: Path, batch: dict[str, Tensor]) 
     assert not torch.allclose(logits_of(model, batch, "superclass"), base, atol=1e-3)
     model.disable_adapters()
     torch.testing.assert_close(logits_of(model, batch, "superclass"), base, atol=1e-6, rtol=0)
+
+
+BLOOD = Task("blood_type", "multi_class", "ABO group", "blood", labels=("A", "B", "AB", "0"))
+
+
+@pytest.mark.parametrize("name", ["age", "blood_type"])
+def test_what_an_adapters_page_says_of_peft_runs(
+    hub: Path, batch: dict[str, Tensor], name: str, tmp_path: Path
+) -> None:
+    task, folder = TASKS.get(name, BLOOD), tmp_path / name
+    adapted = lora_model(tiny_model(), task)
+    save_adapter(adapted, AdapterCard(task, "abc"), folder)
+    code = python_of(folder / "README.md")[-1].replace(f"{BASE_MODEL}-{name}", str(folder))
+    code = code.replace(BASE_MODEL, str(hub / "model")).replace(f'hf_hub_download("{folder}", ', f'("{folder}/" + ')
+    given = 'import numpy, torch\nfeatures = {k: torch.from_numpy(v) for k, v in numpy.load("batch.npz").items()}\n'
+    np.savez(tmp_path / "batch.npz", **{key: value.numpy() for key, value in batch.items()})
+    code = f'{given}{code}\nnumpy.save("found.npy", logits.detach().numpy())'
+    run_python(code, cwd=tmp_path, isolated=False, PYTHONPATH=str(ROOT), HF_MODULES_CACHE=str(tmp_path / "modules"))
+    expected = logits_of(adapted, batch, name)
+    np.testing.assert_allclose(np.load(tmp_path / "found.npy"), expected, atol=1e-6)
 
 
 def test_an_adapter_is_deleted_while_another_stays(hub: Path, batch: dict[str, Tensor]) -> None:

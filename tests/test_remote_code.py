@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,11 @@ def run_python(
     done = subprocess.run(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=stderr, text=True, check=False)
     assert done.returncode == 0, (done.stderr or done.stdout)[-4000:]
     return done.stdout
+
+
+def python_of(page: Path) -> list[str]:
+    """The blocks of Python that a page shows."""
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
 @pytest.fixture(scope="module")
