@@ -308,7 +308,8 @@ class MultiTask:
         for name, card in self.cards.items():
             weight, bias = self._weights[name].head
             seen = embeddings.get(name)
-            own = bias.expand(len(encoded.period_s), -1) if seen is None else functional.linear(seen, weight, bias)
+            # Its length would be a constant to the tracer of an exported graph, its shape is not.
+            own = bias.expand(encoded.period_s.shape[0], -1) if seen is None else functional.linear(seen, weight, bias)
             logits[name] = add_prior(own, card.task, encoded.period_s)
         return logits
 

@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_remote_code import ROOT
 from tiny_model import save_tiny_model
 
@@ -26,7 +27,13 @@ TASKS = ("arrhythmia", "rr_interval", "sex")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("hub"), TASKS)
+    folder = save_tiny_model(tmp_path_factory.mktemp("hub"), TASKS)
+    # As the published one: an adapter that leaves the measured RR interval as it is.
+    weights = folder.parent / "adapters" / "rr_interval" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    tensors["base_model.model.heads.head_rr_interval.weight"].zero_()
+    save_file(tensors, weights)
+    return folder
 
 
 @pytest.fixture(scope="module")
