@@ -79,7 +79,10 @@ class AdapterCard:
         path = folder / CARD_FILE
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no {CARD_FILE}; an adapter of `train.py adapt` has one")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON ({error}); copy it again") from error
         unknown = sorted(set(values) - set(cls.__dataclass_fields__))
         if unknown or "task" not in values or "base" not in values:
             raise ValueError(f"{path}: expected task and base, unknown {', '.join(unknown) or 'none'}; was it edited?")
@@ -107,7 +110,7 @@ class AdapterCard:
             *self._label_table(),
             "LoRA on the fusion of ECG-MoE and one head, in PEFT's format; `task.json` holds labels, temperature,",
             f"thresholds and intervals. It fits the base with fingerprint `{self.base}` and no other.\n",
-            f"Trained on {self.trained_on}. Evidence: {self.evidence}.\n",
+            f"Trained on {self.trained_on or 'data that nobody stated'}. Evidence: {self.evidence}.\n",
             "On validation data, on which the calibration was fitted too:\n",
             *self._figures(),
             "\n```python",

@@ -270,7 +270,9 @@ class Task:
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
-            raise ValueError(f"unknown task fields {', '.join(unknown)}; known are {', '.join(known)}")
+            raise ValueError(
+                f"unknown task fields {', '.join(unknown)}; known are {', '.join(known)}; update ecg-moe for newer"
+            )
         missing = [name for name in ("name", "kind", "description", "column") if name not in values]
         if missing:
             raise ValueError(f"a task needs {', '.join(missing)}; found {', '.join(sorted(values))}")

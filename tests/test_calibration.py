@@ -272,6 +272,15 @@ def test_a_calibrated_card_comes_back_as_it_was(name: str, tmp_path: Path) -> No
     assert bool(card.group_half_widths) == (name == "age")
 
 
+def test_a_card_cut_off_while_it_was_copied_is_named(tmp_path: Path) -> None:
+    AdapterCard(TASKS["age"], "abc").save(tmp_path)
+    text = (tmp_path / "task.json").read_text()
+    (tmp_path / "task.json").write_text(text[:-20])
+    with pytest.raises(ValueError, match=rf"{tmp_path}.*task\.json is not JSON \(.*\); copy it again"):
+        AdapterCard.load(tmp_path)
+    assert "Trained on data that nobody stated. Evidence" in AdapterCard(TASKS["age"], "abc").to_markdown("me/base")
+
+
 # The benchmark
 
 

@@ -65,7 +65,8 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def program(many: MultiTask, records: Path) -> torch.export.ExportedProgram:
     """The traced model, which takes most of the time and is the same for all forms."""
-    return export_model.trace(many, read_windows(many, records))
+    windows = read_windows(many, records)
+    return export_model.trace(many, [*map(export_model._without_beats, windows), *windows])
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +195,21 @@ def test_the_page_says_how_many_labels_there_are_and_where_all_of_them_are(many:
     assert "IRBBB, 1AVB, ... (71 labels) |" in page
     assert '`json.load(open("tasks.json"))["statements"]["task"]["labels"]`' in page
     assert "PSVT, TRIGU |" in page.partition("| arrhythmia")[2].partition("\n")[0]
+
+
+def test_a_folder_that_cannot_be_is_refused_before_any_work(many: MultiTask, model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for folder, message in (
+        (file, "is a file or holds"),
+        (tmp_path, "holds files"),
+        (file / "in", "cannot be written"),
+    ):
+        with pytest.raises(export_model.ExportError, match=message):
+            export_model.export_model(many, folder, "torch_export")
+    with pytest.raises(export_model.ExportError, match="no task to export; load an adapter"):
+        export_model.export_model(MultiTask.from_pretrained(model, []), tmp_path / "out", "torch_export")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 # The example for runtimes without torch
