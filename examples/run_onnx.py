@@ -3,25 +3,56 @@
     ecgmoe export --out exported
     python examples/run_onnx.py exported examples/sinus_75bpm.hea
 
-It reads WFDB records of format 16 with the twelve leads and takes their first ten seconds. Band-pass, resampling and
-scale are those of the feature extractor. The R peaks are found by a few lines: good enough for a clean recording, and
-the reason why answers differ a little from `ecgmoe predict`, see benchmarks/results/export.json.
+It reads WFDB records of format 16 in mV with the twelve leads, in `.dat` or `.mat` files, and takes their first ten
+seconds. Band-pass, resampling and scale are those of the feature extractor. The R peaks are found by a few lines: good
+enough for a clean recording, and the reason why answers differ a little from `ecgmoe predict`, see
+benchmarks/results/export.json.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 
+LEADS = ["I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6"]
+FILES = ["model.onnx", "tasks.json", "preprocessor_config.json"]
+NUMBER = r"[\d.]*[1-9][\d.]*"
+RECORD_LINE = re.compile(rf"\S+ (?P<signals>\d+) (?P<rate>{NUMBER})(?:/\S+)?(?: (?P<samples>\d+)(?: .*)?)?")
+SIGNAL_LINE = re.compile(  # gain, baseline and unit; resolution and zero of the converter; three numbers; the lead
+    rf"(?P<file>\S+) 16(?:\+(?P<skip>\d+))? (?P<gain>{NUMBER})(?:\((?P<baseline>-?\d+)\))?(?:/mV)? \d+ "
+    r"(?P<zero>-?\d+) -?\d+ -?\d+ \d+ (?P<lead>\S+)"
+)
 
-def read(header: Path, leads: list[str]) -> tuple[np.ndarray, float]:
-    """Millivolts (12, samples) and Hz of a record."""
-    first, *lines = [line.split() for line in header.read_text().splitlines() if not line.startswith("#")]
-    gains = np.array([float(line[2].partition("/")[0].partition("(")[0]) for line in lines])
-    raw = np.fromfile(header.with_suffix(".dat"), "<i2").reshape(-1, len(lines)).T / gains[:, None]
-    return raw[[[line[-1].upper() for line in lines].index(lead.upper()) for lead in leads]], float(first[2])
+
+def read(header: Path) -> tuple[np.ndarray, float]:
+    """Millivolts (12, samples) and Hz of a record; a ValueError or an OSError says why it cannot be read."""
+    text = header.read_text(encoding="utf-8", errors="replace")
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    record = RECORD_LINE.fullmatch(lines[0]) if lines else None
+    if record is None or int(record["signals"]) != len(lines) - 1:
+        raise ValueError("this is no header of a WFDB record in one segment; name a .hea file")
+    signals = {}
+    for row, line in enumerate(lines[1:]):
+        signal = SIGNAL_LINE.fullmatch(line)
+        if signal is None or signal["file"] != lines[1].split()[0]:
+            raise ValueError(f"expected signals of format 16 in mV in one file, found {line}; ask `ecgmoe predict`")
+        signals[signal["lead"].upper()] = row, signal
+    if missing := [lead for lead in LEADS if lead.upper() not in signals]:
+        raise ValueError(f"the leads {' '.join(missing)} are missing; `ecgmoe predict` needs no more than one")
+    rows, chosen = zip(*(signals[lead.upper()] for lead in LEADS), strict=True)
+    path, width = header.with_name(chosen[0]["file"]), len(lines) - 1
+    raw = np.fromfile(path, "<i2", offset=int(chosen[0]["skip"] or 0))
+    samples = int(record["samples"] or len(raw) // width)
+    if len(raw) < samples * width:
+        raise ValueError(f"{path.name} is cut off, {len(raw)} of {samples * width} values are there; copy it again")
+    raw = raw[: samples * width].reshape(samples, width).T[list(rows)]
+    if (raw == -(2**15)).any() or not np.ptp(raw, axis=1).all():
+        raise ValueError("it has gaps or flat leads; `ecgmoe predict` leaves them out")
+    baselines, gains = zip(*((float(s["baseline"] or s["zero"]), float(s["gain"])) for s in chosen), strict=True)
+    return (raw - np.array(baselines)[:, None]) / np.array(gains)[:, None], float(record["rate"])
 
 
 def filtered(signal: np.ndarray, rate_in: float, settings: dict) -> np.ndarray:
@@ -53,6 +84,8 @@ def find_r_peaks(signal: np.ndarray, rate: float) -> np.ndarray:
 def prepare(signal: np.ndarray, rate_in: float, settings: dict) -> dict[str, np.ndarray]:
     """The inputs of the graph, for one record."""
     rate, samples = settings["sampling_rate"], round(settings["window_s"] * settings["sampling_rate"])
+    if signal.shape[1] < settings["min_duration_s"] * rate_in:
+        raise ValueError(f"it is shorter than the {settings['min_duration_s']} s that the model needs")
     values = filtered(signal[:, : round(settings["window_s"] * rate_in)], rate_in, settings)[:, :samples]
     values = np.clip(values, -settings["clip_mv"], settings["clip_mv"])
     peaks = find_r_peaks(values, rate)
@@ -69,30 +102,55 @@ def prepare(signal: np.ndarray, rate_in: float, settings: dict) -> dict[str, np.
     }
 
 
+def interval(value: float, card: dict, rr_s: np.ndarray) -> tuple[float, float]:
+    """The ends of a regression's interval for twelve leads, as `AdapterCard.intervals` gives it.
+
+    It reaches as far as there are truths whose group allows for their distance; the RR intervals say how sure their
+    mean is.
+    """
+    most = max(card["half_widths"], key=int)
+    halves, bounds = np.array([card["half_widths"][most]]), []
+    if card.get("relative_widths"):
+        halves *= ((1000 * rr_s.std() if len(rr_s) > 1 else 100) + 10) / len(rr_s)
+    if most in card.get("group_half_widths", {}):
+        halves, bounds = np.array(card["group_half_widths"][most]), card["group_bounds"]
+    lows, highs = np.maximum(value - halves, [-np.inf, *bounds]), np.minimum(value + halves, [*bounds, np.inf])
+    least = card["task"].get("minimum", -np.inf)
+    return max(lows[lows <= highs].min(), least), max(highs[lows <= highs].max(), least)
+
+
 def answer(logits: np.ndarray, card: dict, rr_s: np.ndarray) -> str:
-    """What a task's logits (outputs,) mean, in words; the RR intervals say how sure their mean is."""
+    """What a task's logits (outputs,) mean, in words."""
     task = card["task"]
+    if task["prior"] and not len(rr_s):
+        return "none: no RR interval was found"
     if task["kind"] == "regression":
-        value, half = logits[0] * task["spread"] + task["center"], card["half_widths"].get("12", float("nan"))
-        if card.get("relative_widths"):
-            half *= (1000 * rr_s.std() + 10) / len(rr_s) if len(rr_s) > 1 else float("nan")
-        return f"{value:.1f} {task['unit']} ({card['level']:.0%}: {value - half:.1f} to {value + half:.1f})"
+        value = max(logits[0] * task["spread"] + task["center"], task.get("minimum", -np.inf))
+        ends = interval(value, card, rr_s) if card["half_widths"] else ()
+        shown = f" ({card['level']:.0%}: {ends[0]:.1f} to {ends[1]:.1f})" if ends else ""
+        return f"{value:.1f} {task['unit']}{shown}"
     if task["kind"] == "multi_class":
         return task["labels"][int(np.argmax(logits))]
     shifted = (logits + np.array(card.get("shifts") or 0.0)) / card["temperature"]
-    given = 1 / (1 + np.exp(-shifted)) >= np.array(card["thresholds"])
+    given = 1 / (1 + np.exp(-shifted)) >= np.array(card["thresholds"] or 0.5)
     if task["kind"] == "binary":
         return task["labels"][int(given[0])]
     return ", ".join(label for label, is_given in zip(task["labels"], given, strict=True) if is_given) or "no label"
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python run_onnx.py FOLDER_OF_ECGMOE_EXPORT RECORD.hea")
     exported, record = Path(sys.argv[1]), Path(sys.argv[2])
+    if missing := [name for name in FILES if not (exported / name).is_file()]:
+        sys.exit(f"{exported} holds no {' and no '.join(missing)}; make it with `ecgmoe export --out {exported}`")
     settings = json.loads((exported / "preprocessor_config.json").read_text())
     tasks = json.loads((exported / "tasks.json").read_text())
     session = onnxruntime.InferenceSession(exported / "model.onnx")
-    signal_mv, rate_hz = read(record, ["I", "II", "III", "aVR", "aVL", "aVF", "V1", "V2", "V3", "V4", "V5", "V6"])
-    inputs = prepare(signal_mv, rate_hz, settings)
+    try:
+        inputs = prepare(*read(record), settings)
+    except (OSError, ValueError) as error:
+        sys.exit(f"{record}: {error}")
     rr_s = inputs["rr_intervals_s"][inputs["rr_intervals_s"] > 0]
     outputs = session.run(list(tasks), inputs)
     for (name, card), logits in zip(tasks.items(), outputs, strict=True):

@@ -237,7 +237,8 @@ class MultiTask:
 
     def answer(self, prepared: Sequence[Prepared], batch_size: int = 32) -> list[dict[str, dict[str, Any]]]:
         """Answer all tasks for each recording; the windows of one are averaged, and a multi-label task also says in
-        which of them its labels were found.
+        which of them its labels were found. Where a task starts from the RR intervals, windows without any count only
+        if no other has some.
 
         Where the model knows what is typical, the `quality` of each recording then says how typical it is, None where
         leads are missing.
@@ -254,11 +255,16 @@ class MultiTask:
                 # It knows what is typical of twelve leads: of fewer, everything is untypical.
                 whole = num_leads == len(self.config.leads)
                 record.quality |= self.typicality.report(features[start:end]) if whole else UNKNOWN_TYPICALITY
-            error_ms = float(np.mean([mean_rr_error_ms(window["rr_intervals_s"]) for window in record.windows]))
+            has_rr = np.array([(window["rr_intervals_s"] > 0).any() for window in record.windows])
+            every = np.ones_like(has_rr)
+            measured = has_rr if has_rr.any() else every
+            errors_ms = np.array([mean_rr_error_ms(window["rr_intervals_s"]) for window in record.windows])
+            error_ms = float(errors_ms[measured].mean())
             tasks = {}
             for name, card in self.cards.items():
                 of_windows = logits[name][start:end]
-                tasks[name] = card.answer(of_windows.mean(axis=0), num_leads, error_ms)
+                mean = of_windows[measured if card.task.prior else every].mean(axis=0)
+                tasks[name] = card.answer(mean, num_leads, error_ms, bool(has_rr.any()))
                 if card.task.kind == "multi_label" and end - start > 1:
                     starts_s = [window["start_s"] for window in record.windows]
                     tasks[name]["windows"] = card.found_in_windows(of_windows, starts_s)
@@ -301,7 +307,8 @@ class MultiTask:
         for name, card in self.cards.items():
             weight, bias = self._weights[name].head
             seen = embeddings.get(name)
-            own = bias.expand(len(encoded.period_s), -1) if seen is None else functional.linear(seen, weight, bias)
+            # Its length would be a constant to the tracer of an exported graph, its shape is not.
+            own = bias.expand(encoded.period_s.shape[0], -1) if seen is None else functional.linear(seen, weight, bias)
             logits[name] = add_prior(own, card.task, encoded.period_s)
         return logits
 

@@ -228,6 +228,9 @@ def show_record(line: dict[str, Any], cards: dict[str, "AdapterCard"]) -> str:
 def _show_answer(answer: dict[str, Any], card: "AdapterCard") -> Iterator[str]:
     from .tasks import DESCRIPTIONS
 
+    if "reason" in answer:
+        yield f"none: {answer['reason']}"
+        return
     if "value" in answer:
         interval, digits = answer.get("interval"), card.task.decimals
         ends = f"  ({answer['level']:.0%}: {interval[0]:.{digits}f} to {interval[1]:.{digits}f})" if interval else ""

@@ -1,5 +1,7 @@
 """ECG-MoE with one head after transformers' own conventions, for its Trainer and for whatever else expects them."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -34,6 +36,7 @@ class EcgMoeForSequenceClassification(EcgMoePreTrainedModel):
         period_s: Tensor | None = None,
         labels: Tensor | None = None,
         output_attentions: bool = False,
+        **report: Any,
     ) -> SequenceClassifierOutput:
         r"""Classify a batch.
 
@@ -51,6 +54,7 @@ class EcgMoeForSequenceClassification(EcgMoePreTrainedModel):
             rr_intervals_s,
             period_s,
             output_attentions=output_attentions,
+            **report,
         )
         logits = self.score(self.dropout(output.pooler_output))
         loss = None

@@ -32,7 +32,7 @@ statements says in how many of them each label was given, and where it was most 
 
 CSV columns: record, path, status, error, sampling_rate (Hz), leads (joined by ;), duration_s, warnings (joined by ;),
 and for each task
-  a regression      <task>, and <task>_low and <task>_high, the ends of its interval where it has one
+  a regression      <task>, and <task>_low and <task>_high, the ends of its interval; empty where nothing was measured
   a classification  <task>, the labels given (joined by ;), and <task>_<label>, the probability of each
   either            <task>_evidence, where the adapter was not trained on real recordings
 

@@ -117,7 +117,9 @@ def trace(many: MultiTask, windows: Windows) -> torch.export.ExportedProgram:
         "rr_intervals_s": {0: batch, 1: beats},
         "period_s": {0: batch},
     }
-    inputs = {name: torch.from_numpy(value) for name, value in batch_of(many, windows[:2]).items()}
+    # A single beat would be a constant of the graph.
+    shown = sorted(windows, key=lambda window: len(window["r_peaks"]), reverse=True)[:2]
+    inputs = {name: torch.from_numpy(value) for name, value in batch_of(many, shown).items()}
     with torch.no_grad():
         return torch.export.export(graph, (), inputs, dynamic_shapes=shapes, strict=False)
 
@@ -344,7 +346,8 @@ def export_model(
         what `export.json` holds.
 
     Raises:
-        ExportError: packages or records are missing, or an answer differs by more than `TOLERANCE`.
+        ExportError: the folder cannot be written or holds files, packages, adapters or records are missing, or an
+            answer differs by more than `TOLERANCE`.
     """
     if form not in PROGRAMS:
         raise ExportError(f"unknown format {form!r}; known are {', '.join(PROGRAMS)}")
@@ -353,9 +356,17 @@ def export_model(
     missing = [name for name in ONNX_PACKAGES if form == "onnx" and find_spec(name) is None]
     if missing:
         raise ExportError(f"{', '.join(missing)} must be there for format onnx; pip install 'ecg-moe[onnx]'")
+    if not many.cards:
+        raise ExportError("there is no task to export; load an adapter")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ExportError(f"{folder} is a file or holds files already; name another folder")
     windows = windows_of(many, check)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=folder.name, dir=folder.parent) as temporary:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = tempfile.TemporaryDirectory(prefix=folder.name, dir=folder.parent)
+    except OSError as error:
+        raise ExportError(f"{folder} cannot be written: {error.strerror}; name another folder") from error
+    with beside as temporary:
         work = Path(temporary) / "export"
         work.mkdir()
         program, path = trace(many, windows), work / PROGRAMS[form]

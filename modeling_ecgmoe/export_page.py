@@ -3,7 +3,9 @@
 from typing import Any
 
 from .adapters import MultiTask
+from .tasks import Task
 
+MAX_LABELS = 12
 RUN = {
     "onnx": """\
 import json
@@ -29,13 +31,19 @@ for name, logits in model(**inputs).items():
 }
 
 
+def _meaning(task: Task) -> str:
+    """The unit of a regression, or the labels; of many the first, and how many there are."""
+    shown = task.unit or ", ".join(task.labels[:MAX_LABELS])
+    return shown if len(task.labels) <= MAX_LABELS else f"{shown}, ... ({len(task.labels)} labels)"
+
+
 def export_page(many: MultiTask, report: dict[str, Any]) -> str:
     """How to run what lies in the folder; report: what its `export.json` holds."""
+    longest = max(many.cards, key=lambda name: len(many.cards[name].task.labels))
     form = "onnx" if report["opset"] else "torch_export"
     settings = many.extractor
     tasks = [
-        f"| {name} | {card.task.kind.replace('_', ' ')} | {card.task.unit or ', '.join(card.task.labels[:12])} |"
-        for name, card in many.cards.items()
+        f"| {name} | {card.task.kind.replace('_', ' ')} | {_meaning(card.task)} |" for name, card in many.cards.items()
     ]
     files = [
         f"| {name} | {found['mib']:.1f} MiB | {found['largest_difference']:.1e} |"
@@ -77,11 +85,15 @@ One for each task, named like it: logits, float32 (batch, outputs). Of a recordi
 |---|---|---|
 {chr(10).join(tasks)}
 
+All labels of a task, in the order of its outputs: `json.load(open("tasks.json"))["{longest}"]["task"]["labels"]`;
+their codes are beside them.
+
 A regression is `logit * spread + center` in its unit, its interval `half_widths` to both sides (the key is the fewest
-leads it holds for), with `relative_widths` times (SD of the RR intervals + 10 ms) / their number; the package has
-other widths for groups of values, `group_half_widths` in the adapter's card. Classes are
-`sigmoid((logit + shift) / temperature)`, or the softmax of a multi class task; a label is given from its threshold on.
-All of it is in `tasks.json`.
+leads it holds for), with `relative_widths` times (SD of the RR intervals + 10 ms) / their number. Where
+`group_half_widths` has the same key, true values between two `group_bounds` have a half-width of their own, and the
+interval reaches as far as there are values whose half-width is at least their distance from the answer. Nothing is
+below `minimum`. `examples/run_onnx.py` computes it. Classes are `sigmoid((logit + shift) / temperature)`, or the
+softmax of a multi class task; a label is given from its threshold on. All of it is in `tasks.json`.
 
 ## Run
 

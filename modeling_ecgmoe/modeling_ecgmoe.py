@@ -87,6 +87,7 @@ class EcgMoePreTrainedModel(PreTrainedModel):
     main_input_name = "input_values"
     input_modalities = ("time",)
     supports_gradient_checkpointing = False
+    accepts_loss_kwargs = False  # the arguments beyond those that `forward` names are not transformers' own
     is_gradient_checkpointing = False  # PEFT asks by this name, and transformers warns whoever does
     # transformers looks for the experts in this file's source; they live in routing.py.
     _can_set_experts_implementation_cached_value = True
@@ -165,6 +166,9 @@ class EcgMoePreTrainedModel(PreTrainedModel):
 class EcgMoeModel(EcgMoePreTrainedModel):
     """Backbone and fusion: an ECG in, its embedding out."""
 
+    # The heads of a checkpoint are no part of it, and nobody has to be told so.
+    _keys_to_ignore_on_load_unexpected = [r"^heads\.", r"^score\."]
+
     def __init__(self, config: EcgMoeConfig) -> None:
         super().__init__(config)
         self.encoder = EcgMoeEncoder(config)
@@ -181,6 +185,7 @@ class EcgMoeModel(EcgMoePreTrainedModel):
         period_s: Tensor | None = None,
         encoder_output: EcgMoeEncoderOutput | None = None,
         output_attentions: bool = False,
+        **report: Any,
     ) -> EcgMoeModelOutput:
         r"""Embed a batch. `EcgMoeFeatureExtractor` makes all arguments.
 
@@ -194,10 +199,13 @@ class EcgMoeModel(EcgMoePreTrainedModel):
             period_s: (b,), mean RR interval, 0 where unknown, *optional*, from `rr_intervals_s`.
             encoder_output: what `encoder` returned before, instead of the signal, *optional*.
             output_attentions: return the fusion's attention on tokens, beats and rhythm.
+            report: `quality`, which the feature extractor gives with the signal and nothing here looks at, *optional*.
 
         Raises:
+            TypeError: there is no such argument.
             ValueError: neither `input_values` nor `encoder_output` is given, or the shape is wrong.
         """
+        check_report(report)
         if encoder_output is None:
             if input_values is None:
                 raise ValueError("pass `input_values`, or an `encoder_output` computed before")
@@ -223,6 +231,8 @@ class EcgMoeForTasks(EcgMoePreTrainedModel):
         )
         self.dropout = nn.Dropout(config.head_dropout)
         self.post_init()
+        # post_init took over what the backbone keeps silent; here a head that no task names is worth a word.
+        self._keys_to_ignore_on_load_unexpected = set[str]()
 
     def freeze_base_model(self) -> None:
         """Stop training everything but the heads."""
@@ -254,6 +264,7 @@ class EcgMoeForTasks(EcgMoePreTrainedModel):
         tasks: list[str] | None = None,
         encoder_output: EcgMoeEncoderOutput | None = None,
         output_attentions: bool = False,
+        **report: Any,
     ) -> EcgMoeTaskOutput:
         r"""Answer the tasks.
 
@@ -276,6 +287,7 @@ class EcgMoeForTasks(EcgMoePreTrainedModel):
             period_s,
             encoder_output=encoder_output,
             output_attentions=output_attentions,
+            **report,
         )
         embedding = self.dropout(output.pooler_output)
         logits = {
@@ -298,6 +310,19 @@ class EcgMoeForTasks(EcgMoePreTrainedModel):
             attentions=output.attentions,
             encoder=output.encoder,
         )
+
+
+def check_report(report: dict[str, Any]) -> None:
+    """Let the `quality` of the feature extractor's output pass, and refuse what no `forward` knows.
+
+    Named in a signature it would be kept by transformers' Trainer, which then cannot collate it.
+
+    Raises:
+        TypeError: as for every function that lacks an argument.
+    """
+    unknown = sorted(set(report) - {"quality"})
+    if unknown:
+        raise TypeError(f"forward() has no argument {', '.join(unknown)}; leave it out")
 
 
 def task_loss(task: Task, logits: Tensor, labels: Tensor) -> Tensor:

@@ -139,7 +139,6 @@ from transformers import AutoFeatureExtractor, AutoModel
 extractor = AutoFeatureExtractor.from_pretrained("{BASE_MODEL}", trust_remote_code=True)
 model = AutoModel.from_pretrained("{BASE_MODEL}", trust_remote_code=True).eval()
 features = extractor(signal_mv, sampling_rate=500, lead_names=["I", "II"], return_tensors="pt")
-features.pop("quality")
 embedding = model(**features).pooler_output
 ```
 

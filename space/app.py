@@ -108,7 +108,9 @@ def answers_html(tasks: dict[str, Any], many: MultiTask) -> str:
 
 
 def value_cells(answer: dict[str, Any], task: Task) -> list[str]:
-    """A regression: value and interval."""
+    """A regression: value and interval, or why there is none."""
+    if "reason" in answer:
+        return [f"<td>none</td><td>{escape(answer['reason'])}</td>"]
     interval, unit, digits = "", escape(task.unit), task.decimals
     if "interval" in answer:
         low, high = answer["interval"]

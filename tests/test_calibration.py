@@ -1,12 +1,13 @@
 """What calibration promises: probabilities that are frequencies, intervals that cover, cards that stay readable."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy.special import expit
-from tiny_model import tiny_model
+from tiny_model import save_tiny_model, tiny_model
 
 from benchmarks.calibration import (
     CalibrationArguments,
@@ -17,8 +18,12 @@ from benchmarks.calibration import (
     measure_probabilities,
     table,
 )
+from data_builders.synthetic import synthetic_ecg
 from modeling_ecgmoe.adapter_card import AdapterCard, best_threshold, calibrate, calibrate_intervals
+from modeling_ecgmoe.adapters import MultiTask
+from modeling_ecgmoe.answer_files import FORMATS, show_record
 from modeling_ecgmoe.beats import mean_rr_error_ms
+from modeling_ecgmoe.leads import LEADS
 from modeling_ecgmoe.lora import lora_model, save_adapter
 from modeling_ecgmoe.metrics import bootstrap_interval
 from modeling_ecgmoe.tasks import TASKS
@@ -122,13 +127,30 @@ def test_an_interval_is_one_stretch_with_its_value_inside() -> None:
     values, truth = ages_drawn_to_the_middle(3000, seed=3)
     card = AdapterCard(TASKS["age"], "abc")
     calibrate(card, logits_of_ages(values), truth[:, None])
-    asked = np.linspace(-200.0, 400.0, 601)
+    asked = np.linspace(0.0, 400.0, 401)
     low, high = card.intervals(asked, 12).T
     assert np.isfinite([low, high]).all()
     assert (low <= asked).all()
     assert (asked <= high).all()
     answer = card.answer(logits_of_ages(np.array([60.0]))[0], 12)
     assert answer["interval"] == [pytest.approx(end, abs=0.006) for end in card.intervals(np.array([60.0]), 12)[0]]
+
+
+def test_an_interval_ends_where_the_quantity_does_and_covers_no_less() -> None:
+    values, truth = ages_drawn_to_the_middle(3000, seed=0)
+    truth = np.abs(truth - 50.0)  # many are young
+    card = AdapterCard(TASKS["age"], "abc")
+    calibrate_intervals(card, values, truth, 12)
+    free = replace(card, task=replace(card.task, minimum=None))
+    for groups in (card.group_half_widths, {}):
+        card.group_half_widths = free.group_half_widths = groups
+        (low, high), (free_low, free_high) = card.intervals(values, 12).T, free.intervals(values, 12).T
+        assert free_low.min() < low.min() == 0.0
+        covered, before = (low <= truth) & (truth <= high), (free_low <= truth) & (truth <= free_high)
+        assert (covered == before).all()
+    answer = card.answer(logits_of_ages(np.array([-3.0]))[0], 12)
+    assert answer["value"] == answer["interval"][0] == 0.0
+    assert free.answer(logits_of_ages(np.array([-3.0]))[0], 12)["value"] == -3.0
 
 
 def test_few_records_make_no_groups() -> None:
@@ -194,6 +216,31 @@ def test_the_error_of_a_mean_interval_grows_with_spread_and_shrinks_with_beats()
     assert mean_rr_error_ms(np.array([0.0, np.nan])) == mean_rr_error_ms(np.zeros(0)) == 3000.0
 
 
+def test_a_mean_interval_that_was_not_measured_is_none_and_says_why() -> None:
+    card = AdapterCard(TASKS["rr_interval"], "abc", half_widths={"12": 1.0}, relative_widths=True)
+    answer = card.answer(np.zeros(1), 12, mean_rr_error_ms(np.zeros(0)), measured=False)
+    assert answer == {"value": None, "unit": "ms", "reason": "no RR interval was found"}
+    card.evidence = "simulated"
+    assert card.answer(np.zeros(1), 12, 3000.0, measured=False) == answer | {"evidence": "simulated"}
+    assert AdapterCard(TASKS["age"], "abc").answer(np.zeros(1), 12, measured=False)["value"] is not None
+
+
+def test_a_stretch_without_beats_does_not_move_the_mean_interval_and_no_beats_at_all_are_shown(tmp_path: Path) -> None:
+    many = MultiTask.from_pretrained(save_tiny_model(tmp_path, ("age", "rr_interval")))
+    signal = synthetic_ecg(sampling_rate=250, rate_bpm=100, noise_mv=0.01).ecg.signal
+    wander = np.tile(0.2 * np.sin(2 * np.pi * 0.8 * np.arange(2500) / 250), (12, 1)).astype(np.float32)
+    signals = signal, np.concatenate([signal, wander], axis=1), wander
+    alone, both, none = many.answer([many.prepare(each, 250, LEADS) for each in signals])
+    assert both["rr_interval"] == alone["rr_interval"]
+    assert none["rr_interval"]["value"] is None
+    assert none["age"]["value"] > 0.0
+    line = {"record": "a", "path": "a", "status": "ok", "sampling_rate": 250, "leads": ["I"], "duration_s": 10.0}
+    line |= {"quality": {"beats": 0, "warnings": []}, "tasks": none}
+    assert "rr_interval  none: no RR interval was found" in show_record(line, many.cards)
+    for form in FORMATS.values():
+        assert "None" not in form(many.cards).dump(line)
+
+
 def test_a_truth_that_is_always_the_same_makes_one_group() -> None:
     card = AdapterCard(TASKS["age"], "abc")
     calibrate_intervals(card, np.random.default_rng(0).normal(60.0, 5.0, 1000), np.full(1000, 60.0), 12)
@@ -222,6 +269,15 @@ def test_a_calibrated_card_comes_back_as_it_was(name: str, tmp_path: Path) -> No
     card.save(tmp_path)
     assert AdapterCard.load(tmp_path) == card
     assert bool(card.group_half_widths) == (name == "age")
+
+
+def test_a_card_cut_off_while_it_was_copied_is_named(tmp_path: Path) -> None:
+    AdapterCard(TASKS["age"], "abc").save(tmp_path)
+    text = (tmp_path / "task.json").read_text()
+    (tmp_path / "task.json").write_text(text[:-20])
+    with pytest.raises(ValueError, match=rf"{tmp_path}.*task\.json is not JSON \(.*\); copy it again"):
+        AdapterCard.load(tmp_path)
+    assert "Trained on data that nobody stated. Evidence" in AdapterCard(TASKS["age"], "abc").to_markdown("me/base")
 
 
 # The benchmark

@@ -8,17 +8,20 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from test_remote_code import ROOT, run_python
+from test_remote_code import ROOT, python_of, run_python
 from tiny_model import save_tiny_model, tiny_model
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from data_builders.synthetic import synthetic_ecg
+from modeling_ecgmoe.adapter_card import BASE_MODEL, AdapterCard
 from modeling_ecgmoe.classification_ecgmoe import EcgMoeForSequenceClassification
 from modeling_ecgmoe.configuration_ecgmoe import EcgMoeConfig
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.leads import LEADS
+from modeling_ecgmoe.lora import lora_model, save_adapter
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeForTasks, EcgMoeModel
+from modeling_ecgmoe.tasks import TASKS, Task
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +157,41 @@ def test_a_classifier_comes_back_with_its_label_names_and_opens_as_an_encoder(
     assert {f"{entry.split('.')[0]}.py" for entry in auto_map.values()} <= {p.name for p in tmp_path.glob("*.py")}
     _, info = EcgMoeModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+
+
+def test_the_extractors_output_goes_into_every_model_as_it_is(hub: Path) -> None:
+    signal = synthetic_ecg(sampling_rate=250, noise_mv=0.01).ecg.signal
+    features = EcgMoeFeatureExtractor()(signal, 250, LEADS, return_tensors="pt")
+    inputs = {name: features[name] for name in EcgMoeFeatureExtractor.model_input_names}
+    classifier = AutoModelForSequenceClassification.from_pretrained(hub / "model", num_labels=2)
+    for model in (tiny_model().ecgmoe, tiny_model(), classifier):
+        with torch.no_grad():
+            whole, known = model.eval()(**features), model(**inputs)
+        first, second = (out["logits"] if "logits" in out else out["pooler_output"] for out in (whole, known))
+        torch.testing.assert_close(first, second, atol=0, rtol=0)
+        with pytest.raises(TypeError, match=r"forward\(\) has no argument r_peak; leave it out"):
+            model(**inputs, r_peak=None)
+
+
+def test_transformers_trainer_learns_from_the_extractors_output(hub: Path, tmp_path: Path) -> None:
+    signal = synthetic_ecg(sampling_rate=250, noise_mv=0.01).ecg.signal
+    features = EcgMoeFeatureExtractor()(signal, 250, LEADS, return_tensors="np")
+    rows = [{name: value[0] for name, value in features.items()} | {"labels": label} for label in (0, 1)]
+    model = AutoModelForSequenceClassification.from_pretrained(hub / "model", num_labels=2)
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", save_strategy="no", use_cpu=True)
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    assert not trainer.model_accepts_loss_kwargs
+    assert np.isfinite(trainer.train().training_loss)
+
+
+def test_a_head_that_no_task_names_is_told(hub: Path) -> None:
+    config = EcgMoeConfig.from_pretrained(hub / "model")
+    config.tasks = {name: task for name, task in config.tasks.items() if name != "sex"}
+    _, info = EcgMoeForTasks.from_pretrained(hub / "model", config=config, output_loading_info=True)
+    assert set(info["unexpected_keys"]) == {"heads.head_sex.weight", "heads.head_sex.bias"}
+    for kind in (EcgMoeModel, EcgMoeForSequenceClassification):
+        assert not kind.from_pretrained(hub / "model", output_loading_info=True)[1]["unexpected_keys"]
 
 
 # Adapters, through transformers itself
@@ -173,6 +211,26 @@ def test_load_adapter_answers_as_peft_does(hub: Path, batch: dict[str, Tensor]) 
     assert not torch.allclose(logits_of(model, batch, "superclass"), base, atol=1e-3)
     model.disable_adapters()
     torch.testing.assert_close(logits_of(model, batch, "superclass"), base, atol=1e-6, rtol=0)
+
+
+BLOOD = Task("blood_type", "multi_class", "ABO group", "blood", labels=("A", "B", "AB", "0"))
+
+
+@pytest.mark.parametrize("name", ["age", "blood_type"])
+def test_what_an_adapters_page_says_of_peft_runs(
+    hub: Path, batch: dict[str, Tensor], name: str, tmp_path: Path
+) -> None:
+    task, folder = TASKS.get(name, BLOOD), tmp_path / name
+    adapted = lora_model(tiny_model(), task)
+    save_adapter(adapted, AdapterCard(task, "abc"), folder)
+    code = python_of(folder / "README.md")[-1].replace(f"{BASE_MODEL}-{name}", str(folder))
+    code = code.replace(BASE_MODEL, str(hub / "model")).replace(f'hf_hub_download("{folder}", ', f'("{folder}/" + ')
+    given = 'import numpy, torch\nfeatures = {k: torch.from_numpy(v) for k, v in numpy.load("batch.npz").items()}\n'
+    np.savez(tmp_path / "batch.npz", **{key: value.numpy() for key, value in batch.items()})
+    code = f'{given}{code}\nnumpy.save("found.npy", logits.detach().numpy())'
+    run_python(code, cwd=tmp_path, isolated=False, PYTHONPATH=str(ROOT), HF_MODULES_CACHE=str(tmp_path / "modules"))
+    expected = logits_of(adapted, batch, name)
+    np.testing.assert_allclose(np.load(tmp_path / "found.npy"), expected, atol=1e-6)
 
 
 def test_an_adapter_is_deleted_while_another_stays(hub: Path, batch: dict[str, Tensor]) -> None:

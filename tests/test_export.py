@@ -2,31 +2,44 @@
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_remote_code import ROOT
 from tiny_model import save_tiny_model
 
 from data_builders.synthetic import synthetic_ecg, write_wfdb
 from modeling_ecgmoe import export_model
+from modeling_ecgmoe.adapter_card import AdapterCard, calibrate_intervals
 from modeling_ecgmoe.adapters import MultiTask
+from modeling_ecgmoe.beats import mean_rr_error_ms
 from modeling_ecgmoe.cli import main
 from modeling_ecgmoe.ecg_files import read_ecg
+from modeling_ecgmoe.export_page import export_page
 from modeling_ecgmoe.leads import LEADS
+from modeling_ecgmoe.tasks import TASKS as TASK_TABLE
 
 TASKS = ("arrhythmia", "rr_interval", "sex")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("hub"), TASKS)
+    folder = save_tiny_model(tmp_path_factory.mktemp("hub"), TASKS)
+    # As the published one: an adapter that leaves the measured RR interval as it is.
+    weights = folder.parent / "adapters" / "rr_interval" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    tensors["base_model.model.heads.head_rr_interval.weight"].zero_()
+    save_file(tensors, weights)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +65,8 @@ def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def program(many: MultiTask, records: Path) -> torch.export.ExportedProgram:
     """The traced model, which takes most of the time and is the same for all forms."""
-    return export_model.trace(many, read_windows(many, records))
+    windows = read_windows(many, records)
+    return export_model.trace(many, [*map(export_model._without_beats, windows), *windows])
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +188,30 @@ def test_a_folder_with_files_is_not_written_into(
     assert {path: path.stat().st_mtime_ns for path in exported.iterdir()} == before
 
 
+def test_the_page_says_how_many_labels_there_are_and_where_all_of_them_are(many: MultiTask) -> None:
+    report = {"opset": 20, "files": {}, "windows_compared": 3}
+    cards = many.cards | {"statements": AdapterCard(TASK_TABLE["statements"], many.base)}
+    page = export_page(SimpleNamespace(base=many.base, cards=cards, extractor=many.extractor), report)
+    assert "IRBBB, 1AVB, ... (71 labels) |" in page
+    assert '`json.load(open("tasks.json"))["statements"]["task"]["labels"]`' in page
+    assert "PSVT, TRIGU |" in page.partition("| arrhythmia")[2].partition("\n")[0]
+
+
+def test_a_folder_that_cannot_be_is_refused_before_any_work(many: MultiTask, model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for folder, message in (
+        (file, "is a file or holds"),
+        (tmp_path, "holds files"),
+        (file / "in", "cannot be written"),
+    ):
+        with pytest.raises(export_model.ExportError, match=message):
+            export_model.export_model(many, folder, "torch_export")
+    with pytest.raises(export_model.ExportError, match="no task to export; load an adapter"):
+        export_model.export_model(MultiTask.from_pretrained(model, []), tmp_path / "out", "torch_export")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 # The example for runtimes without torch
 
 BARE = """
@@ -200,3 +238,85 @@ def test_the_example_needs_onnxruntime_and_numpy_alone(exported: Path, many: Mul
         expected = many.answer([many.prepare(ecg.signal, ecg.sampling_rate, ecg.lead_names)])[0]
         assert float(shown["rr_interval"].split()[0]) == pytest.approx(expected["rr_interval"]["value"], abs=5)
         assert shown["sex"] == expected["sex"]["labels"][0]
+
+
+@pytest.fixture(scope="module")
+def example() -> dict[str, Any]:
+    """What the example defines."""
+    return runpy.run_path(str(ROOT / "examples" / "run_onnx.py"))
+
+
+def test_the_examples_intervals_are_those_of_the_package(example: dict[str, Any], tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    ages, rr = AdapterCard(TASK_TABLE["age"], "abc"), AdapterCard(TASK_TABLE["rr_interval"], "abc")
+    truth = rng.uniform(0, 95, 3000)
+    for leads in (12, 6):
+        calibrate_intervals(ages, 0.6 * truth + rng.normal(20, 8, 3000), truth, leads)
+        calibrate_intervals(rr, truth + rng.normal(0, 1, 3000), truth, leads, np.ones(3000))
+    assert ages.group_half_widths
+    assert rr.relative_widths
+    for card in (ages, rr):
+        card.save(tmp_path)
+        saved = json.loads((tmp_path / "task.json").read_text())
+        for intervals_s in (np.array([0.8, 0.9, 0.7]), np.array([0.8])):
+            for value in (0.0, 7.0, 44.0, 90.0, 800.0):
+                expected = card.intervals(np.array([value]), 12, np.array([mean_rr_error_ms(intervals_s)]))[0]
+                assert example["interval"](value, saved, intervals_s) == pytest.approx(tuple(expected))
+
+
+def rewritten(records: Path, folder: Path, skip: int = 0, **changes: str) -> Path:
+    """A record with its signals after some bytes of another header, and texts of its own header changed."""
+    text = (records / "r0.hea").read_text()
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    (folder / "r0.hea").write_text(text)
+    for name in ("r0.dat", "r0.mat"):
+        (folder / name).write_bytes(bytes(skip) + (records / "r0.dat").read_bytes())
+    return folder / "r0.hea"
+
+
+def test_the_example_reads_what_the_package_reads(example: dict[str, Any], records: Path, tmp_path: Path) -> None:
+    gain = re.search(r" 16 (\S+)/mV 16 0 ", (records / "r0.hea").read_text())
+    assert gain is not None
+    number = gain[1].partition("(")[0]
+    for new in (f" 16+24 {gain[1]}/mV 16 0 ", f" 16+24 {number}(100)/mV 16 0 ", f" 16+24 {number} 16 -70 "):
+        path = rewritten(records, tmp_path, 24, **{"r0.dat": "r0.mat", gain[0]: new})
+        expected = read_ecg(path)
+        signal, rate = example["read"](path)
+        assert rate == expected.sampling_rate
+        np.testing.assert_allclose(signal, expected.signal, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({" 16 ": " 212 "}, "expected signals of format 16 in mV in one file, found r0.dat 212"),
+        ({"/mV": "/uV"}, "expected signals of format 16 in mV in one file"),
+        ({" V3\n": " V9\n"}, "the leads V3 are missing; `ecgmoe predict` needs no more than one"),
+        ({" 2500": " 2501"}, "r0.dat is cut off, 30000 of 30012 values are there"),
+        ({"r0 12": "r0 13"}, "no header of a WFDB record in one segment"),
+        ({"r0.dat": "gone.dat"}, "No such file"),
+    ],
+)
+def test_what_the_example_cannot_read_it_refuses(
+    example: dict[str, Any], records: Path, tmp_path: Path, changes: dict[str, str], message: str
+) -> None:
+    with pytest.raises((OSError, ValueError), match=re.escape(message)):
+        example["read"](rewritten(records, tmp_path, **changes))
+
+
+def test_the_example_answers_mistakes_in_one_line(exported: Path, records: Path, tmp_path: Path) -> None:
+    script = str(ROOT / "examples" / "run_onnx.py")
+    for arguments, message in (
+        ([], "usage: python run_onnx.py FOLDER_OF_ECGMOE_EXPORT RECORD.hea"),
+        ([tmp_path, records / "r0.hea"], f"{tmp_path} holds no model.onnx and no tasks.json and no preprocessor_con"),
+        ([exported, records / "r0.dat"], f"{records / 'r0.dat'}: this is no header of a WFDB record"),
+        ([exported, tmp_path / "none.hea"], f"{tmp_path / 'none.hea'}: [Errno 2] No such file"),
+    ):
+        done = subprocess.run(
+            [sys.executable, script, *map(str, arguments)], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 1
+        assert done.stderr.startswith(message)
+        assert done.stderr.count("\n") == 1

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 from test_layout import hub_files
+from test_remote_code import WITHOUT_THE_PACKAGE, python_of, run_python
 
 from data_builders.synthetic import synthetic_ecg
-from modeling_ecgmoe.adapter_card import AdapterCard, renew_card
+from modeling_ecgmoe.adapter_card import BASE_MODEL, AdapterCard, renew_card
 from modeling_ecgmoe.adapters import MultiTask
 from modeling_ecgmoe.ecg_files import read_ecg
 
@@ -64,6 +65,15 @@ def test_an_adapter_holds_the_codes_and_the_page_of_today(task: str, tmp_path: P
     page, renewed = ((folder / task / "README.md").read_text() for folder in (ADAPTERS, tmp_path))
     body = renewed.split("---\n", 2)[2]
     assert [line for line in body.splitlines() if line not in page] == []
+
+
+def test_what_the_models_page_shows_runs_without_this_package(tmp_path: Path) -> None:
+    code = "".join(python_of(MODEL / "README.md")).replace(f"{BASE_MODEL}-age", str(ADAPTERS / "age"))
+    np.save(tmp_path / "signal.npy", synthetic_ecg(sampling_rate=500).ecg.signal[:2])
+    given = f'{WITHOUT_THE_PACKAGE}\nimport numpy\nsignal_mv = numpy.load("signal.npy")\n'
+    code = given + code.replace(BASE_MODEL, str(MODEL)) + "\nprint(embedding.shape, logits.shape)"
+    shown = run_python(code, cwd=tmp_path, isolated=True, HF_MODULES_CACHE=str(tmp_path / "modules"))
+    assert shown.strip() == "torch.Size([1, 256]) torch.Size([1, 1])"
 
 
 def test_the_model_file_is_small_enough_to_keep_in_git() -> None:

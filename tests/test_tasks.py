@@ -151,6 +151,25 @@ def test_a_regression_answers_in_its_unit() -> None:
     ]
 
 
+def test_a_regression_answers_nothing_below_its_minimum_and_without_one_anything() -> None:
+    age, own = TASKS["age"], Task("balance", "regression", "of a ledger", "balance")
+    assert TASKS["rr_interval"].minimum == age.minimum == 0.0
+    assert age.answers(np.array([[-10.0]])).tolist() == [[0.0]]
+    assert own.answers(np.array([[-10.0]])).tolist() == [[-10.0]]
+
+
+def test_a_truth_below_the_minimum_is_refused_with_the_way_out() -> None:
+    with pytest.raises(ValueError, match=r"task age: the label -1 is below the minimum 0; leave it empty where"):
+        TASKS["age"].targets([50, -1])
+
+
+def test_a_task_without_a_minimum_is_written_as_it_was_before_there_were_any() -> None:
+    assert "minimum" not in TASKS["sex"].to_dict()
+    assert TASKS["age"].to_dict()["minimum"] == 0.0
+    old = {name: value for name, value in TASKS["age"].to_dict().items() if name != "minimum"}
+    assert Task.from_dict(old) == replace(TASKS["age"], minimum=None)
+
+
 def test_labels_answer_with_independent_probabilities() -> None:
     answers = TASKS["superclass"].answers(np.array([[0.0, math.log(3.0), -math.log(3.0), 20.0, -20.0]]))
     np.testing.assert_allclose(answers[0], [0.5, 0.75, 0.25, 1.0, 0.0], atol=1e-6)
@@ -186,6 +205,8 @@ def test_a_task_survives_json(task: Task, tmp_path: Path) -> None:
             {"prior": "rr_interval_ms"},
             "prior must be empty, or for a regression rr_interval_ms; found 'rr_interval_ms'",
         ),
+        ({"minimum": 0.0}, "minimum must be a finite number, of a regression; found 0.0 of a multi_class task"),
+        ({"kind": "regression", "labels": (), "minimum": float("nan")}, "a finite number, of a regression; found nan"),
         ({"kind": "regression", "labels": (), "prior": "qt_ms"}, "for a regression rr_interval_ms; found 'qt_ms'"),
     ],
 )

@@ -11,7 +11,8 @@ import numpy as np
 from huggingface_hub import ModelCardData
 from scipy.optimize import minimize_scalar
 
-from .tasks import TASKS, Task
+from .configuration_ecgmoe import PRETRAINING_TASKS
+from .tasks import PRIORS, TASKS, Task
 
 CARD_FILE = "task.json"
 # What adapters call their base until they are published; the fingerprint in their card is what is checked.
@@ -79,7 +80,10 @@ class AdapterCard:
         path = folder / CARD_FILE
         if not path.is_file():
             raise FileNotFoundError(f"{folder} holds no {CARD_FILE}; an adapter of `train.py adapt` has one")
-        values = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON ({error}); copy it again") from error
         unknown = sorted(set(values) - set(cls.__dataclass_fields__))
         if unknown or "task" not in values or "base" not in values:
             raise ValueError(f"{path}: expected task and base, unknown {', '.join(unknown) or 'none'}; was it edited?")
@@ -107,16 +111,43 @@ class AdapterCard:
             *self._label_table(),
             "LoRA on the fusion of ECG-MoE and one head, in PEFT's format; `task.json` holds labels, temperature,",
             f"thresholds and intervals. It fits the base with fingerprint `{self.base}` and no other.\n",
-            f"Trained on {self.trained_on}. Evidence: {self.evidence}.\n",
+            f"Trained on {self.trained_on or 'data that nobody stated'}. Evidence: {self.evidence}.\n",
             "On validation data, on which the calibration was fitted too:\n",
             *self._figures(),
             "\n```python",
             "from modeling_ecgmoe.adapters import MultiTask\n",
             f'model = MultiTask.from_pretrained("{base_model}", tasks=["{base_model}-{task.name}"])',
             "```\n",
+            *self._peft_lines(base_model),
             "Research software, not a medical device: its answers must not guide the care of a patient.",
         ]
         return "\n".join(lines) + "\n"
+
+    def _peft_lines(self, base_model: str) -> list[str]:
+        """How PEFT alone opens the adapter, whose base is the class with the heads."""
+        name, known = self.task.name, TASKS.get(self.task.name)
+        has_head = name in PRETRAINING_TASKS and known is not None and known.reads_like(self.task)
+        imports, own_head = [], []
+        if not has_head:
+            imports = ["import json", "from huggingface_hub import hf_hub_download"]
+            own_head = [
+                f'card = json.load(open(hf_hub_download("{base_model}-{name}", "{CARD_FILE}")))',
+                'base.add_task(Task.from_dict(card["task"]))',
+            ]
+        return [
+            "With PEFT alone, on what the feature extractor gives; the base must be the class with the heads:\n",
+            "```python",
+            *imports,
+            "from peft import PeftModel",
+            "from transformers import AutoModelForTimeSeriesPrediction",
+            *([] if has_head else ["from modeling_ecgmoe.tasks import Task"]),
+            "",
+            f'base = AutoModelForTimeSeriesPrediction.from_pretrained("{base_model}", trust_remote_code=True)',
+            *own_head,
+            f'model = PeftModel.from_pretrained(base, "{base_model}-{name}").eval()',
+            f'logits = model(**features, tasks=["{name}"]).logits["{name}"]',
+            "```\n",
+        ]
 
     def _label_table(self) -> list[str]:
         task = self.task
@@ -143,17 +174,23 @@ class AdapterCard:
                 lines.append(f"- {title}: {value}{unit}{between}")
         return lines + [f"- {name}: {value}" for name, value in left.items()]
 
-    def answer(self, logits: np.ndarray, num_leads: int, prior_error: float | None = None) -> dict[str, Any]:
+    def answer(
+        self, logits: np.ndarray, num_leads: int, prior_error: float | None = None, measured: bool = True
+    ) -> dict[str, Any]:
         """The answer of one record, as the command line gives it.
 
         Args:
             logits: (outputs,) of the task's head.
             num_leads: how many leads the record has; fewer leads, wider intervals.
             prior_error: see `intervals`, *optional*.
+            measured: whether there is the measurement that the task starts from, if it does. Where not, the value is
+                None, and `reason` says why.
         """
         task = self.task
         out: dict[str, Any]
-        if task.kind == "regression":
+        if task.prior and not measured:
+            out = {"value": None, "unit": task.unit, "reason": PRIORS[task.prior]}
+        elif task.kind == "regression":
             value = float(task.answers(logits)[0])
             digits = task.decimals + 2
             out = {"value": round(value, digits), "unit": task.unit}
@@ -203,7 +240,7 @@ class AdapterCard:
         return self.task.answers(self.calibrated(logits))
 
     def intervals(self, values: np.ndarray, num_leads: int, prior_errors: np.ndarray | None = None) -> np.ndarray:
-        """The intervals (records, 2) around a regression's values (records,), in its unit.
+        """The intervals (records, 2) around a regression's values (records,), in its unit, not below its minimum.
 
         With `relative_widths` they are as wide as `prior_errors` (records,) says of each record, in the task's unit.
 
@@ -223,17 +260,20 @@ class AdapterCard:
                     f"the intervals of task {self.task.name} are multiples of an expected error; pass prior_errors"
                 )
             half_widths = half_widths * prior_errors
-        around = values[:, None] + half_widths[:, None] * np.array([-1.0, 1.0])
         halves = self.group_half_widths.get(key)
         if halves is None:
-            return around
+            return self._possible(values[:, None] + half_widths[:, None] * np.array([-1.0, 1.0]))
         bounds = np.array([-np.inf, *self.group_bounds, np.inf])
         lows = np.maximum(values[:, None] - np.array(halves), bounds[:-1])
         highs = np.minimum(values[:, None] + np.array(halves), bounds[1:])
         # The group of the value itself always has such truths; between two groups there is no gap.
         possible = lows <= highs
         low, high = np.where(possible, lows, np.inf).min(axis=1), np.where(possible, highs, -np.inf).max(axis=1)
-        return np.stack([low, high], axis=1)
+        return self._possible(np.stack([low, high], axis=1))
+
+    def _possible(self, intervals: np.ndarray) -> np.ndarray:
+        """What is left of intervals above the task's minimum: no truth lies below, so that they cover as often."""
+        return intervals if self.task.minimum is None else np.maximum(intervals, self.task.minimum)
 
     def _most_leads(self, num_leads: int) -> str:
         """The key of `half_widths` for so many leads: the most that there are, or the widest for fewer than any."""
@@ -251,11 +291,14 @@ class AdapterCard:
 
 
 def renew_card(folder: Path) -> None:
-    """Write an adapter's `task.json` and page anew, with the codes that the task table has today. All else stays."""
+    """Write an adapter's `task.json` and page anew, with the codes and the minimum that the task table has today.
+
+    All else stays.
+    """
     card = AdapterCard.load(folder)
     known = TASKS.get(card.task.name)
     if known is not None and known.reads_like(card.task):
-        card.task = replace(card.task, codes=known.codes)
+        card.task = replace(card.task, codes=known.codes, minimum=known.minimum)
     card.save(folder)
     (folder / "README.md").write_text(card.to_markdown(BASE_MODEL), encoding="utf-8")
 

@@ -102,8 +102,8 @@ def find_warnings(quality: dict[str, Any]) -> list[str]:
         )
     if (quality.get("arm_electrodes_swapped") or 0.0) > 0.5:
         found.append("the electrodes of the arms seem to be swapped")
-    if not quality["beats"]:
-        found.append("no beats were found")
+    if quality["beats"] < 2:
+        found.append("fewer than two beats were found")
     if quality["clipped"] > NOTED_SHARE:
         found.append(f"{quality['clipped']:.0%} of the samples are beyond what the model sees and were cut")
     if quality["missing"] > NOTED_SHARE:

@@ -113,7 +113,8 @@ STATEMENT_CODES = {
 }
 
 KINDS = ("regression", "binary", "multi_class", "multi_label")
-PRIORS = ("rr_interval_ms",)
+# What a regression may start from, and what its answer says where that could not be measured.
+PRIORS = {"rr_interval_ms": "no RR interval was found"}
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,8 @@ class Task:
         prior: a measurement of the feature extractor that a regression starts from, one of `PRIORS`, or "".
         loss_weight: the weight of the task in joint training.
         codes: label to terminology ("snomed_ct", "scp_ecg") to code, for labels that have one.
+        minimum: what a regression's quantity is never below, such as 0 of an age: its values and intervals end there.
+            None: no such bound.
     """
 
     name: str
@@ -148,6 +151,7 @@ class Task:
     prior: str = ""
     loss_weight: float = 1.0
     codes: dict[str, dict[str, str]] = field(default_factory=dict, hash=False)
+    minimum: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", tuple(self.labels))
@@ -176,6 +180,11 @@ class Task:
             object.__setattr__(self, "metric", "mae" if self.kind == "regression" else "macro_auroc")
         if not self.spread > 0:
             raise ValueError(f"task {self.name}: spread must be positive, found {self.spread}")
+        if self.minimum is not None and (self.kind != "regression" or not math.isfinite(self.minimum)):
+            raise ValueError(
+                f"task {self.name}: minimum must be a finite number, of a regression; found {self.minimum} of a "
+                f"{self.kind} task"
+            )
 
     @property
     def num_outputs(self) -> int:
@@ -207,7 +216,7 @@ class Task:
             float32 (records, outputs), NaN where unknown; a multi-class target is its one-hot row.
 
         Raises:
-            ValueError: a label is not one of the task's.
+            ValueError: a label is not one of the task's, or a number is below its minimum.
         """
         targets = np.full((len(values), self.num_outputs), np.nan, dtype=np.float32)
         for row, value in zip(targets, values, strict=True):
@@ -215,6 +224,11 @@ class Task:
                 continue
             if self.kind == "regression":
                 row[0] = value
+                if self.minimum is not None and row[0] < self.minimum:
+                    raise ValueError(
+                        f"task {self.name}: the label {value} is below the minimum {self.minimum:g}; leave it empty "
+                        "where it is not known, or give the task another minimum"
+                    )
             elif self.kind == "binary":
                 row[0] = self._index(value)
             else:
@@ -227,7 +241,8 @@ class Task:
         """What a head's outputs (records, outputs) mean: values in the task's unit, or probabilities."""
         logits = np.asarray(logits, dtype=np.float64)
         if self.kind == "regression":
-            return logits * self.spread + self.center
+            values = logits * self.spread + self.center
+            return values if self.minimum is None else np.maximum(values, self.minimum)
         if self.kind == "multi_class":
             shifted = np.exp(logits - logits.max(axis=-1, keepdims=True))
             return shifted / shifted.sum(axis=-1, keepdims=True)
@@ -241,8 +256,9 @@ class Task:
         raise ValueError(f"task {self.name}: label {label!r} is not one of {', '.join(self.labels)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The task as plain JSON types."""
-        return asdict(self) | {"labels": list(self.labels)}
+        """The task as plain JSON types, without a minimum where there is none, as tasks were before it."""
+        values = asdict(self) | {"labels": list(self.labels)}
+        return {name: value for name, value in values.items() if name != "minimum" or value is not None}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Task":
@@ -254,7 +270,9 @@ class Task:
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
-            raise ValueError(f"unknown task fields {', '.join(unknown)}; known are {', '.join(known)}")
+            raise ValueError(
+                f"unknown task fields {', '.join(unknown)}; known are {', '.join(known)}; update ecg-moe for newer"
+            )
         missing = [name for name in ("name", "kind", "description", "column") if name not in values]
         if missing:
             raise ValueError(f"a task needs {', '.join(missing)}; found {', '.join(sorted(values))}")
@@ -280,6 +298,7 @@ TASKS = {
             metric="mae",
             prior="rr_interval_ms",
             loss_weight=0.2,
+            minimum=0.0,
         ),
         Task(
             name="age",
@@ -291,6 +310,7 @@ TASKS = {
             spread=17.0,
             metric="mae",
             loss_weight=2.0,
+            minimum=0.0,
         ),
         Task(
             name="sex",
