@@ -186,7 +186,7 @@ def export(args: argparse.Namespace) -> int:
     """`ecgmoe export`; returns the exit status."""
     if args.int8 and (args.format != "onnx" or not args.check):
         raise CommandError("--int8 needs --format onnx, and --check with recordings that show the ranges of numbers")
-    if args.out.exists() and any(args.out.iterdir()):
+    if args.out.is_dir() and any(args.out.iterdir()):
         raise CommandError(f"--out {args.out} holds files already; name another folder")
     tasks = None if args.tasks is None else list(dict.fromkeys(filter(None, args.tasks.split(","))))
     many = load_model(args.model, tasks)

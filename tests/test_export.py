@@ -185,6 +185,8 @@ def test_a_folder_with_files_is_not_written_into(
     before = {path: path.stat().st_mtime_ns for path in exported.iterdir()}
     assert main(["export", "--model", str(model), "--out", str(exported)]) == 2
     assert "holds files already" in capsys.readouterr().err
+    assert main(["export", "--model", str(model), "--out", str(exported / "model.onnx")]) == 2
+    assert "is a file or holds files already; name another folder" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in exported.iterdir()} == before
 
 
