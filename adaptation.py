@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from arguments import check_choices, check_ranges, make_folder, read_json_object
 from checkpoints import save_arguments, write_log
-from data_builders.csv_table import read_table
+from data_builders.csv_table import place_of, read_table
 from data_builders.label_column import find_kind, infer_task
 from evaluation import find_model, point_metric, predict_logits
 from head_start import start_linearly
@@ -41,6 +41,7 @@ from records import (
     disturb,
     load_split,
     mean_of_windows,
+    tell_unreadable,
 )
 
 logger = logging.getLogger("train")
@@ -123,6 +124,7 @@ def adapt(data: DataArguments, arguments: AdaptArguments) -> dict[str, MetricRes
     extractor = EcgMoeFeatureExtractor.from_pretrained(source)
     with accelerator.main_process_first():
         rows = {split: load_split(data, split) for split in ("train", "validation")}
+        tell_unreadable(data, "test")
         tasks = [task or task_of_column(name, data, arguments, rows["train"]) for name, task in known.items()]
         records = {s: Records(rows[s], extractor, tasks, data.num_proc) for s in rows}
         seen = {typical_leads(records["validation"]): records["validation"]}
@@ -197,8 +199,10 @@ def task_of_column(name: str, data: DataArguments, arguments: AdaptArguments, tr
     """The task that a column of the user's table is about."""
     column = arguments.label_column or name
     texts = [cells[column] for cells in train["table"][:]]
-    others = [row[column] for row in read_table(Path(data.csv), {})]
-    return infer_task(name, column, texts, others, arguments.kind, arguments.unit, arguments.description)
+    table = read_table(Path(data.csv), {"path_column": data.path_column})
+    places = [place_of(row[data.path_column], number) for number, row in enumerate(table)]
+    every = [row[column] for row in table]
+    return infer_task(name, column, texts, every, places, arguments.kind, arguments.unit, arguments.description)
 
 
 def check_labels(task: Task, data: DataArguments, records: dict[str, Records]) -> None:

@@ -122,13 +122,17 @@ class Records(Dataset):
             )
         )
         row_of, refused = np.array(prepared["row"][:]), prepared["refused"][:]
-        names = rows.with_format(None)["record_id"][:]
+        # Files of a user's table may be called alike, in a folder for each patient.
+        names = rows.with_format(None)["path" if "table" in rows.column_names else "record_id"][:]
         reasons = [f"{names[row]}: {reason}" for row, reason in zip(row_of, refused, strict=True) if reason]
         usable = [i for i, reason in enumerate(refused) if not reason]
         if not usable:
             raise ValueError(f"none of {len(names)} recordings can be used, the first: {reasons[0]}")
         if reasons:
-            logger.warning("%d of %d recordings are left out:\n  %s", len(reasons), len(names), shorten(reasons))
+            logger.warning(
+                "%s: %d of %d recordings are left out:\n  %s",
+                rows.split or "rows", len(reasons), len(names), shorten(reasons),
+            )  # fmt: skip
             prepared, rows = prepared.select(usable), rows.select(np.unique(row_of[usable]))
         self.signal = {name: _stack(prepared, name) for name in SIGNAL_KEYS}
         self.record_of = torch.from_numpy(np.unique(row_of[usable], return_inverse=True)[1])
@@ -240,6 +244,12 @@ def load_split(arguments: DataArguments, split: str) -> datasets.Dataset:
     if arguments.csv or "rr_interval_ms" in rows.column_names:  # labels of its own
         return rows
     return add_rr_interval(rows, num_proc=arguments.num_proc if len(rows) > 1000 else None)
+
+
+def tell_unreadable(arguments: DataArguments, split: str) -> None:
+    """Name the files of a table that cannot be read, of a split that nothing opens: before it is needed."""
+    if arguments.csv:
+        _prepared_builder(arguments).tell_problems(split)
 
 
 def _prepared_builder(arguments: DataArguments) -> Any:

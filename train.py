@@ -45,7 +45,7 @@ from modeling_ecgmoe.configuration_ecgmoe import EcgMoeConfig
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeEncoderOutput, EcgMoeForTasks
 from modeling_ecgmoe.tasks import TASKS, Task
-from records import DataArguments, Records, as_is, crop, disturb, load_split
+from records import DataArguments, Records, as_is, crop, disturb, load_split, tell_unreadable
 from report_words import TASK_NAME as REPORT_WORDS
 from report_words import add_report_words
 from soft_labels import soften
@@ -152,6 +152,7 @@ def fit_on_splits(
     with accelerator.main_process_first():
         rows = load_split(data, "train")
         validation = Records(load_split(data, "validation"), extractor, tasks, data.num_proc)
+        tell_unreadable(data, "test")
         if arguments.report_weight:
             rows, words = add_report_words(rows, arguments.report_weight, arguments.report_min_count)
             model.add_task(words)

@@ -320,7 +320,7 @@ def test_the_program_says_what_it_takes_the_labels_for_and_what_it_leaves_out(ad
     assert "task ef: regression, by what the column holds, --kind says otherwise; mean" in said
     assert "task grade: multi_class, by what the column holds, --kind says otherwise; labels mild, none" in said
     assert "labels.csv, train: 2 of 15 files cannot be read and are left out" in said
-    assert "flat: all leads are flat" in said
+    assert "train: 1 of 13 recordings are left out:\n  flat.npz: all leads are flat" in said
     assert "task ef, train: 1 of 12 recordings have no label and do not count" in said
 
 
