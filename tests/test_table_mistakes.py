@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +14,12 @@ import pytest
 from tiny_model import save_tiny_model
 
 import train
+from checkpoints import save_arguments
 from data_builders.synthetic import synthetic_ecg
+from modeling_ecgmoe.adapter_card import AdapterCard
+from modeling_ecgmoe.cli import main
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
+from modeling_ecgmoe.publish import _first_page
 from modeling_ecgmoe.tasks import Task
 from records import DataArguments, Records, load_split
 
@@ -145,6 +150,28 @@ def adapted(files: Path, hub: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_files_of_the_test_split_that_cannot_be_read_are_named_in_training(adapted: tuple[Path, str]) -> None:
     assert adapted[1].count("labels.csv, test: 1 of 5 files cannot be read and are left out:\n  broken.npz: ") == 1
+
+
+def test_an_adapter_says_that_it_was_trained_on_the_table(
+    adapted: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = adapted
+    training = json.loads((folder / "training.json").read_text())
+    assert (training["dataset"], training["csv"]) == (None, "labels.csv")
+    assert AdapterCard.load(folder).trained_on.startswith("labels.csv (train 8 labelled recordings, validation 4 ")
+    assert main(["publish", "adapter", str(folder), "--repo_id", "me/ef", "--dry_run"]) == 0
+    page = capsys.readouterr().out
+    assert "ptb" not in page.lower()
+    assert "type: custom" in page
+    assert "Trained on labels.csv (train 8 labelled recordings" in page
+
+
+def test_a_model_says_which_table_it_was_trained_on(tmp_path: Path, hub: Path) -> None:
+    (tmp_path / "config.json").write_bytes((hub / "config.json").read_bytes())
+    soft = train.TrainingArguments(soft_labels=str(tmp_path / "soft.safetensors"))
+    save_arguments(tmp_path, DataArguments(csv=str(tmp_path / "labels.csv")), soft)
+    assert "- Trained on: labels.csv; `training.json` holds the arguments." in _first_page(tmp_path)
+    assert str(tmp_path) not in (tmp_path / "training.json").read_text()
 
 
 @pytest.mark.parametrize("more", [{}, {"kind": "regression"}])
