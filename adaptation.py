@@ -18,21 +18,31 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from arguments import check_choices, check_ranges, make_folder, read_json_object
 from checkpoints import save_arguments, write_log
-from data_builders.csv_table import read_table
+from data_builders.csv_table import place_of, read_table
 from data_builders.label_column import find_kind, infer_task
-from evaluation import point_metric, predict_logits
+from evaluation import find_model, point_metric, predict_logits
 from head_start import start_linearly
 from modeling_ecgmoe.adapter_card import AdapterCard, calibrate, calibrate_intervals
 from modeling_ecgmoe.adapters import fingerprint
 from modeling_ecgmoe.beats import mean_rr_error_ms
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.leads import NUM_LIMB_LEADS, find_lead
-from modeling_ecgmoe.lora import lora_model, save_adapter
+from modeling_ecgmoe.lora import LORA_SCOPES, lora_model, save_adapter
 from modeling_ecgmoe.metrics import MetricResult, bootstrap_interval, find_metric
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeForTasks, task_loss
 from modeling_ecgmoe.tasks import TASKS, Task, find_task
-from records import DataArguments, EncodedRecords, Records, as_is, disturb, load_split, mean_of_windows
+from records import (
+    DataArguments,
+    EncodedRecords,
+    Records,
+    as_is,
+    disturb,
+    load_split,
+    mean_of_windows,
+    tell_unreadable,
+)
 
 logger = logging.getLogger("train")
 
@@ -54,7 +64,10 @@ class AdaptArguments:
     )
     unit: str = field(default="", metadata={"help": "unit of a new regression"})
     description: str = field(default="", metadata={"help": "one line about a new task, for cards and menus"})
-    model: str = field(default="hub/model", metadata={"help": "the model to adapt, a folder or an id on the Hub"})
+    model: str | None = field(
+        default=None,
+        metadata={"help": "what to adapt, a folder or an id on the Hub; hub/model of the sources otherwise"},
+    )
     output_dir: str = field(
         default="runs/adapters", metadata={"help": "each adapter goes to a folder of its name in here"}
     )
@@ -77,22 +90,42 @@ class AdaptArguments:
     seed: int = field(default=0, metadata={"help": "seed"})
     max_steps: int | None = field(default=None, metadata={"help": "stop after so many steps (smoke runs)"})
 
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            {
+                "at least 1": ("epochs", "batch_size", "lora_rank", "views", "max_steps"),
+                "at least 0": ("min_steps", "weight_decay"),
+                "above 0": ("learning_rate", "lora_alpha"),
+                "between 0 and 1": ("level",),
+                "at least 0 and below 1": ("lora_dropout",),
+            },
+        )
+        scopes, evidence = tuple(LORA_SCOPES), ("measured", "simulated")
+        check_choices(self, {"lora_scope": scopes, "evidence": evidence, "mixed_precision": ("no", "bf16")})
+        self.kind = self.kind and find_kind(self.kind)
+
 
 def adapt(data: DataArguments, arguments: AdaptArguments) -> dict[str, MetricResult]:
     """Train one adapter for each task; what the backbone makes of the recordings is computed once for all of them.
 
     Raises:
+        FileNotFoundError: there is no such model, table or task file.
         ValueError: a task is unknown, or cannot be learned or evaluated with these data.
     """
     if not arguments.task:
         raise ValueError(f"name the tasks to adapt to: --task {' '.join(TASKS)}, or a task's JSON file")
+    known = {name: find_known_task(name, data, arguments) for name in arguments.task}
+    source = find_model(arguments.model)
+    make_folder(Path(arguments.output_dir), "--output_dir")
     set_seed(arguments.seed)
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
-    model = EcgMoeForTasks.from_pretrained(arguments.model, dtype=torch.float32)
-    extractor = EcgMoeFeatureExtractor.from_pretrained(arguments.model)
+    model = EcgMoeForTasks.from_pretrained(source, dtype=torch.float32)
+    extractor = EcgMoeFeatureExtractor.from_pretrained(source)
     with accelerator.main_process_first():
         rows = {split: load_split(data, split) for split in ("train", "validation")}
-        tasks = [find_or_infer_task(name, data, arguments, rows["train"]) for name in arguments.task]
+        tell_unreadable(data, "test")
+        tasks = [task or task_of_column(name, data, arguments, rows["train"]) for name, task in known.items()]
         records = {s: Records(rows[s], extractor, tasks, data.num_proc) for s in rows}
         seen = {typical_leads(records["validation"]): records["validation"]}
         for count, leads in FEWER_LEADS.items() if any(t.kind == "regression" for t in tasks) else ():
@@ -109,7 +142,7 @@ def adapt(data: DataArguments, arguments: AdaptArguments) -> dict[str, MetricRes
     errors = {count: prior_errors_of(seen_with) for count, seen_with in seen.items()}
     results = {}
     for task in tasks:
-        fresh = EcgMoeForTasks.from_pretrained(arguments.model, dtype=torch.float32)
+        fresh = EcgMoeForTasks.from_pretrained(source, dtype=torch.float32)
         is_new = task.name not in fresh.tasks or not fresh.tasks[task.name].reads_like(task)
         if is_new:
             fresh.add_task(task)
@@ -137,21 +170,39 @@ def adapt(data: DataArguments, arguments: AdaptArguments) -> dict[str, MetricRes
 # ---------------------------------------------------------------------------------------------------------------- data
 
 
-def find_or_infer_task(name: str, data: DataArguments, arguments: AdaptArguments, train: datasets.Dataset) -> Task:
-    """A task of a JSON file or of the task table, or the one that a column of the user's table is about."""
+def find_known_task(name: str, data: DataArguments, arguments: AdaptArguments) -> Task | None:
+    """A task of a JSON file or of the task table; None where a column of the user's table says what it is about.
+
+    Raises:
+        FileNotFoundError: there is no such task file or table.
+        ValueError: there is no such task or column, or the arguments do not go together.
+    """
     if arguments.label_column and (not data.csv or len(arguments.task) > 1):
         raise ValueError("--label_column names the labels of one --task in a --csv; leave it out")
-    is_known = name.endswith(".json") or name in TASKS
-    if not is_known and data.csv:
-        column = arguments.label_column or name
-        read_table(Path(data.csv), {"label_column": column})
-        texts = [cells[column] for cells in train["table"][:]]
-        others = [row[column] for row in read_table(Path(data.csv), {})]
-        return infer_task(name, column, texts, others, arguments.kind, arguments.unit, arguments.description)
-    task = Task.from_json_file(name) if name.endswith(".json") else find_task(name)
-    if arguments.kind and find_kind(arguments.kind) != task.kind:
+    task = None
+    if name.endswith(".json"):
+        task = Task.from_dict(read_json_object(Path(name)))
+    elif name in TASKS or not data.csv:
+        task = find_task(name)
+    if task and arguments.kind not in (None, task.kind):
         raise ValueError(f"task {task.name} is a {task.kind}, and --kind says {arguments.kind}; leave --kind out")
-    return dataclasses.replace(task, column=arguments.label_column or task.column)
+    column = arguments.label_column or (task.column if task else name)
+    if data.csv:
+        read_table(Path(data.csv), {"label_column": column})
+    if task is None:
+        Task(name, "regression", name, column)  # whatever its kind, a name that does not do is refused
+        return None
+    return dataclasses.replace(task, column=column)
+
+
+def task_of_column(name: str, data: DataArguments, arguments: AdaptArguments, train: datasets.Dataset) -> Task:
+    """The task that a column of the user's table is about."""
+    column = arguments.label_column or name
+    texts = [cells[column] for cells in train["table"][:]]
+    table = read_table(Path(data.csv), {"path_column": data.path_column})
+    places = [place_of(row[data.path_column], number) for number, row in enumerate(table)]
+    every = [row[column] for row in table]
+    return infer_task(name, column, texts, every, places, arguments.kind, arguments.unit, arguments.description)
 
 
 def check_labels(task: Task, data: DataArguments, records: dict[str, Records]) -> None:

@@ -64,7 +64,15 @@ def _rounded(value: float) -> float | None:
 
 
 def save_arguments(folder: Path, *arguments: Any, **more: Any) -> None:
-    """Write the resolved arguments beside the weights, without the paths of this machine."""
+    """Write the resolved arguments beside the weights, without the paths of this machine.
+
+    Of a user's own table and of soft labels the file's name stays. With a table there is no `dataset`.
+    """
     paths = ("data_dir", "clinical_dir", "cache_dir", "output_dir", "model", "model_config", "csv")
-    merged = {k: v for a in arguments for k, v in dataclasses.asdict(a).items() if k not in paths}
+    given = {k: v for a in arguments for k, v in dataclasses.asdict(a).items()}
+    merged = {k: v for k, v in given.items() if k not in paths}
+    if given.get("csv"):
+        merged |= {"dataset": None, "csv": Path(given["csv"]).name}
+    if Path(merged.get("soft_labels", "")).is_absolute():
+        merged["soft_labels"] = Path(merged["soft_labels"]).name
     (folder / "training.json").write_text(json.dumps(merged | more, indent=2) + "\n")

@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from modeling_ecgmoe.adapters import MultiTask
+from arguments import check_ranges, make_folder
+from modeling_ecgmoe.adapters import MultiTask, default_model, folder_of
 from modeling_ecgmoe.metrics import MetricResult, bootstrap_interval
 from modeling_ecgmoe.tasks import TASKS, Task
 from records import DataArguments, EncodedRecords, Records, batches, load_split, mean_of_windows
@@ -61,7 +62,10 @@ def point_metric(task: Task, labels: np.ndarray, logits: np.ndarray) -> float:
 class EvaluateArguments:
     """What to evaluate, and where the figures go."""
 
-    model: str = field(default="hub/model", metadata={"help": "a folder with adapters beside it, or an id on the Hub"})
+    model: str | None = field(
+        default=None,
+        metadata={"help": "a folder with adapters beside it, or an id on the Hub; hub/model of the sources otherwise"},
+    )
     task: list[str] = field(
         default_factory=list, metadata={"help": "adapters to evaluate, all that are found otherwise"}
     )
@@ -69,16 +73,48 @@ class EvaluateArguments:
     out: str = field(default="", metadata={"help": "JSON file for the results; printed as well"})
     resamples: int = field(default=1000, metadata={"help": "bootstrap resamples of patients"})
 
+    def __post_init__(self) -> None:
+        check_ranges(self, {"at least 1": ("resamples",)})
+
+
+def find_model(model: str | None) -> Path:
+    """The folder of a model and its feature extractor.
+
+    Args:
+        model: a folder, or an id on the Hub; that of the source tree where not given.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    folder = default_model() if model is None else folder_of(model)
+    missing = [name for name in ("config.json", "preprocessor_config.json") if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"--model {model or folder} holds no {' and no '.join(missing)}; name the folder of a model"
+        )
+    return folder
+
 
 def evaluate(data: DataArguments, arguments: EvaluateArguments) -> dict[str, MetricResult]:
-    """The main metric of each adapter with its interval, all of them answered in one pass of the backbone."""
-    many = MultiTask.from_pretrained(arguments.model, arguments.task or None)
+    """The main metric of each adapter with its interval, all of them answered in one pass of the backbone.
+
+    Raises:
+        FileNotFoundError: there is no such model or adapter.
+        ValueError: there is nothing to evaluate.
+    """
+    folder = find_model(arguments.model)
+    if arguments.out:
+        make_folder(Path(arguments.out).parent, "--out in")
+    many = MultiTask.from_pretrained(arguments.model or folder, arguments.task or None)
     tasks = [card.task for card in many.cards.values()]
+    if not tasks:
+        raise ValueError(f"no task adapters lie beside {arguments.model or folder}; name some with --task")
     records = Records(load_split(data, arguments.split), many.extractor, tasks, data.num_proc)
     logits = predict_adapters(many, records)
     results = {}
     for task in tasks:
         if task.name not in records.labels:
+            logger.warning("task %s is left out: the data have no column %r", task.name, task.column)
             continue
         labels, answers = records.labels[task.name].numpy(), task.answers(logits[task.name])
         try:
@@ -87,6 +123,8 @@ def evaluate(data: DataArguments, arguments: EvaluateArguments) -> dict[str, Met
             )
         except ValueError as error:  # one task without two classes does not lose the others
             logger.warning("task %s is left out: %s", task.name, error)
+    if not results:
+        raise ValueError(f"none of the tasks {', '.join(many.cards)} can be evaluated on these data; see above why")
     for name, result in results.items():
         print(f"{name:12} {result.metric:12} {result.value:.4f} ({result.low:.4f} to {result.high:.4f}), n={result.n}")
     if arguments.out:

@@ -2,7 +2,6 @@
 
 import hashlib
 import inspect
-import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
+from arguments import check_choices, check_ranges, parse_json_object
 from data_builders import BUILDERS, find_builder
 from data_builders.csv_table import EcgCsv, shorten
 from data_builders.label_column import find_labels
@@ -71,6 +71,10 @@ class DataArguments:
     lead_names: list[str] | None = field(default=None, metadata={"help": "of files of yours that do not name them"})
     file_unit: str | None = field(default=None, metadata={"help": "V, mV, uV or nV, of files that do not give it"})
 
+    def __post_init__(self) -> None:
+        check_ranges(self, {"at least 1": ("num_proc", "max_records"), "above 0": ("sampling_rate",)})
+        check_choices(self, {"file_unit": ("V", "mV", "uV", "nV")})
+
 
 class Records(Dataset):
     """Prepared recordings of one split in memory, with the targets of all tasks.
@@ -118,13 +122,17 @@ class Records(Dataset):
             )
         )
         row_of, refused = np.array(prepared["row"][:]), prepared["refused"][:]
-        names = rows.with_format(None)["record_id"][:]
+        # Files of a user's table may be called alike, in a folder for each patient.
+        names = rows.with_format(None)["path" if "table" in rows.column_names else "record_id"][:]
         reasons = [f"{names[row]}: {reason}" for row, reason in zip(row_of, refused, strict=True) if reason]
         usable = [i for i, reason in enumerate(refused) if not reason]
         if not usable:
             raise ValueError(f"none of {len(names)} recordings can be used, the first: {reasons[0]}")
         if reasons:
-            logger.warning("%d of %d recordings are left out:\n  %s", len(reasons), len(names), shorten(reasons))
+            logger.warning(
+                "%s: %d of %d recordings are left out:\n  %s",
+                rows.split or "rows", len(reasons), len(names), shorten(reasons),
+            )  # fmt: skip
             prepared, rows = prepared.select(usable), rows.select(np.unique(row_of[usable]))
         self.signal = {name: _stack(prepared, name) for name in SIGNAL_KEYS}
         self.record_of = torch.from_numpy(np.unique(row_of[usable], return_inverse=True)[1])
@@ -219,25 +227,43 @@ def _stack(prepared: datasets.Dataset, name: str, chunk: int = 2000) -> Tensor:
 
 
 def load_split(arguments: DataArguments, split: str) -> datasets.Dataset:
-    """The rows of a split, with the RR labels: its own, or the consensus of detectors; of a CSV, with its cells."""
-    options: dict[str, Any] = {"data_dir": arguments.data_dir or None, "cache_dir": arguments.cache_dir}
-    builder: datasets.GeneratorBasedBuilder
-    if arguments.csv:
-        builder = EcgCsv(**options, **{name: getattr(arguments, name) for name in CSV_OPTIONS})
-    else:
-        own = json.loads(arguments.builder_options)
-        if not isinstance(own, dict):
-            raise ValueError(f"builder_options must be a JSON object, found {arguments.builder_options!r}")
-        if arguments.clinical_dir:
-            own["clinical_dir"] = arguments.clinical_dir
-        builder = find_builder(arguments.dataset)(config_name=arguments.config_name, **options, **own)
-    builder.download_and_prepare(num_proc=arguments.num_proc)
+    """The rows of a split, with the RR labels: its own, or the consensus of detectors; of a CSV, with its cells.
+
+    Raises:
+        FileNotFoundError: the data are not there.
+        ValueError: they cannot be read as asked, or have no such split.
+    """
+    builder = _prepared_builder(arguments)
+    if not arguments.csv and split not in builder.info.splits:
+        raise ValueError(
+            f"{arguments.dataset} has no split {split!r} here; there are {', '.join(builder.info.splits) or 'none'}"
+        )
     rows = builder.as_dataset(split)
     if arguments.max_records is not None:
         rows = rows.select(range(min(arguments.max_records, len(rows))))
     if arguments.csv or "rr_interval_ms" in rows.column_names:  # labels of its own
         return rows
     return add_rr_interval(rows, num_proc=arguments.num_proc if len(rows) > 1000 else None)
+
+
+def tell_unreadable(arguments: DataArguments, split: str) -> None:
+    """Name the files of a table that cannot be read, of a split that nothing opens: before it is needed."""
+    if arguments.csv:
+        _prepared_builder(arguments).tell_problems(split)
+
+
+def _prepared_builder(arguments: DataArguments) -> Any:
+    options: dict[str, Any] = {"data_dir": arguments.data_dir or None, "cache_dir": arguments.cache_dir}
+    builder: Any
+    if arguments.csv:
+        builder = EcgCsv(**options, **{name: getattr(arguments, name) for name in CSV_OPTIONS})
+    else:
+        own = parse_json_object(arguments.builder_options, "builder_options")
+        if arguments.clinical_dir:
+            own["clinical_dir"] = arguments.clinical_dir
+        builder = find_builder(arguments.dataset)(config_name=arguments.config_name, **options, **own)
+    builder.download_and_prepare(num_proc=arguments.num_proc)
+    return builder
 
 
 # -------------------------------------------------------------------------------------------------------- augmentation

@@ -1,16 +1,16 @@
 """Train ECG-MoE with Accelerate: `pretrain` the model on all tasks at once, `adapt` one task with LoRA, `evaluate`.
 
-    accelerate launch train.py pretrain --data_dir ptb-xl --output_dir runs/base
-    accelerate launch train.py adapt --task age --model runs/base/model --data_dir ptb-xl --output_dir runs/age
-    accelerate launch train.py adapt --task low_ef --csv labels.csv --model hub/model --output_dir hub/adapters
-    python train.py evaluate --model hub/model --data_dir ptb-xl --out benchmarks/results/quality_fold9.json
+    accelerate launch -q train.py pretrain --data_dir ptb-xl --output_dir runs/base
+    accelerate launch -q train.py adapt --task age --model runs/base/model --data_dir ptb-xl --output_dir runs/age
+    accelerate launch -q train.py adapt --task low_ef --csv labels.csv --output_dir hub/adapters
+    python train.py evaluate --data_dir ptb-xl --out benchmarks/results/quality_fold9.json
 
 A JSON file may hold arguments; those after it count: `train.py pretrain benchmarks/configs/pretrain.json --seed 1`.
-The resolved arguments are saved beside the weights.
+The resolved arguments are saved beside the weights. What cannot be run as asked is refused in one line on stderr, with
+status 2; `-q` keeps Accelerate from adding a traceback of its own.
 """
 
 import dataclasses
-import json
 import logging
 import sys
 import time
@@ -22,21 +22,30 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, set_seed
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 
 from adaptation import AdaptArguments, adapt
+from arguments import (
+    check_choices,
+    check_ranges,
+    make_folder,
+    parse_arguments,
+    parse_json_object,
+    read_json_object,
+    run_program,
+)
 from checkpoints import resume_checkpoint, save_arguments, save_checkpoint, write_log
-from evaluation import EvaluateArguments, evaluate, evaluate_quickly
+from evaluation import EvaluateArguments, evaluate, evaluate_quickly, find_model
 from head_start import start_at_base_rates
 from modeling_ecgmoe.configuration_ecgmoe import EcgMoeConfig
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeEncoderOutput, EcgMoeForTasks
 from modeling_ecgmoe.tasks import TASKS, Task
-from records import DataArguments, Records, as_is, crop, disturb, load_split
+from records import DataArguments, Records, as_is, crop, disturb, load_split, tell_unreadable
 from report_words import TASK_NAME as REPORT_WORDS
 from report_words import add_report_words
 from soft_labels import soften
@@ -72,23 +81,62 @@ class TrainingArguments:
     soft_share: float = field(default=0.5, metadata={"help": "how far labels move to these answers, 0 to 1"})
     report_min_count: int = field(default=40, metadata={"help": "words in fewer reports are no targets"})
 
+    def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            {
+                "at least 1": ("epochs", "batch_size", "crop_s", "max_steps", "evaluate_every", "report_min_count"),
+                "at least 0": ("weight_decay", "full_every", "report_weight"),
+                "above 0": ("learning_rate", "gradient_clip"),
+                "from 0 to 1": ("lead_dropout", "noise", "soft_share"),
+                "at least 0 and below 1": ("ema_decay",),
+            },
+        )
+        check_choices(self, {"mixed_precision": ("no", "bf16")})
+
 
 # ------------------------------------------------------------------------------------------------------------ pretrain
 
 
 def pretrain(data: DataArguments, arguments: TrainingArguments) -> dict[str, float]:
-    """Train backbone, fusion and all heads together. Returns the last validation metrics."""
+    """Train backbone, fusion and all heads together. Returns the last validation metrics.
+
+    Raises:
+        FileNotFoundError: the model or its configuration is not there.
+        ValueError: these arguments do not go together, or not with these data.
+    """
     if arguments.model and arguments.model_config:
         raise ValueError("a model has its own configuration; pass --model or --model_config")
+    folder = find_model(arguments.model) if arguments.model else None
+    config = read_config(Path(arguments.model_config)) if arguments.model_config else EcgMoeConfig()
+    make_folder(Path(arguments.output_dir), "--output_dir")
     accelerator = accelerator_for(arguments)
-    if arguments.model:
-        model = EcgMoeForTasks.from_pretrained(arguments.model, dtype=torch.float32)
-        extractor = EcgMoeFeatureExtractor.from_pretrained(arguments.model)
+    if folder:
+        model = EcgMoeForTasks.from_pretrained(folder, dtype=torch.float32)
+        extractor = EcgMoeFeatureExtractor.from_pretrained(folder)
     else:
-        changes = json.loads(Path(arguments.model_config).read_text()) if arguments.model_config else {}
-        model = EcgMoeForTasks(EcgMoeConfig(**changes))
+        model = EcgMoeForTasks(config)
         extractor = EcgMoeFeatureExtractor(sampling_rate=model.config.sampling_rate)
     return fit_on_splits(model, extractor, data, arguments, accelerator)
+
+
+def read_config(file: Path) -> EcgMoeConfig:
+    """The configuration with the fields that a JSON file changes.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it names a field that there is not, or a value that a field cannot have.
+    """
+    changes = read_json_object(file)
+    if unknown := sorted(set(changes) - set(EcgMoeConfig.__annotations__)):
+        raise ValueError(
+            f"{file} holds {', '.join(unknown)}; the fields of EcgMoeConfig are "
+            f"{', '.join(EcgMoeConfig.__annotations__)}"
+        )
+    try:
+        return EcgMoeConfig(**changes)
+    except (StrictDataclassError, ValueError) as error:
+        raise ValueError(f"{file}: {error}; mend the file") from error
 
 
 def fit_on_splits(
@@ -99,11 +147,12 @@ def fit_on_splits(
     accelerator: Accelerator,
 ) -> dict[str, float]:
     """Train a model on the training split, with the words of its reports where asked for."""
-    model.tasks |= reweighted(model.tasks, json.loads(arguments.loss_weights))
+    model.tasks |= reweighted(model.tasks, parse_json_object(arguments.loss_weights, "loss_weights"))
     tasks = list(model.tasks.values())
     with accelerator.main_process_first():
         rows = load_split(data, "train")
         validation = Records(load_split(data, "validation"), extractor, tasks, data.num_proc)
+        tell_unreadable(data, "test")
         if arguments.report_weight:
             rows, words = add_report_words(rows, arguments.report_weight, arguments.report_min_count)
             model.add_task(words)
@@ -120,11 +169,14 @@ def reweighted(tasks: dict[str, Task], weights: dict[str, float]) -> dict[str, T
     """The tasks with other loss weights than they came with.
 
     Raises:
-        ValueError: a weight is for a task that there is not.
+        ValueError: a weight is for a task that there is not, or is no weight.
     """
     unknown = sorted(set(weights) - set(tasks))
     if unknown:
         raise ValueError(f"loss_weights names {', '.join(unknown)}; this model has {', '.join(tasks)}")
+    for name, weight in weights.items():
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not weight >= 0:
+            raise ValueError(f"loss_weights must be numbers of at least 0, found {weight!r} for {name}")
     return {name: dataclasses.replace(tasks[name], loss_weight=float(weight)) for name, weight in weights.items()}
 
 
@@ -261,35 +313,26 @@ def accelerator_for(arguments: TrainingArguments) -> Accelerator:
 
 
 def main(argv: list[str]) -> None:
-    """Run a command."""
+    """Run a command.
+
+    Raises:
+        FileNotFoundError, ValueError: it cannot be run as asked; the message says why in a line.
+    """
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     commands: dict[str, tuple[Callable[..., Any], tuple[type, ...]]] = {
         "pretrain": (pretrain, (DataArguments, TrainingArguments)),
         "adapt": (adapt, (DataArguments, AdaptArguments)),
         "evaluate": (evaluate, (DataArguments, EvaluateArguments)),
     }
+    usage = f"usage: train.py {{{','.join(commands)}}} [--help | CONFIG.json] [arguments]"
+    if argv[:1] in (["--help"], ["-h"]):
+        print(f"{usage}\n\n{__doc__}")
+        return
     if not argv or argv[0] not in commands:
-        raise SystemExit(f"usage: train.py {{{','.join(commands)}}} [--help | CONFIG.json] [arguments]")
+        raise ValueError(f"{f'unknown command {argv[0]!r}' if argv else 'no command'}; {usage}")
     run, kinds = commands[argv[0]]
-    run(*parse_arguments(kinds, argv[1:]))
-
-
-def parse_arguments(kinds: tuple[type, ...], argv: list[str]) -> tuple[Any, ...]:
-    """The argument dataclasses from the words of a command line, the first of which may be a JSON file with others.
-
-    Raises:
-        ValueError: the file holds an argument that there is not.
-    """
-    parser = HfArgumentParser(kinds)
-    if argv and argv[0].endswith(".json"):
-        values = json.loads(Path(argv[0]).read_text(encoding="utf-8"))
-        known = [field.name for kind in kinds for field in dataclasses.fields(kind)]
-        if unknown := sorted(set(values) - set(known)):
-            raise ValueError(f"{argv[0]} holds {', '.join(unknown)}; the arguments are {', '.join(known)}")
-        parser.set_defaults(**values)
-        argv = argv[1:]
-    return parser.parse_args_into_dataclasses(argv)
+    run(*parse_arguments(kinds, argv[1:], f"train.py {argv[0]}"))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(run_program(main, sys.argv[1:], "train.py"))

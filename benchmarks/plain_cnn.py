@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from arguments import parse_arguments
 from modeling_ecgmoe.configuration_ecgmoe import PRETRAINING_TASKS, EcgMoeConfig
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeTaskOutput, task_loss
 from modeling_ecgmoe.tasks import TASKS, Task
 from modeling_ecgmoe.temporal import Stem
 from records import DataArguments
-from train import TrainingArguments, accelerator_for, fit_on_splits, parse_arguments
+from train import TrainingArguments, accelerator_for, fit_on_splits
 
 
 class PlainCnn(nn.Module):

@@ -7,14 +7,16 @@ Files are whatever `read_ecg` reads, of any leads, rate and length. Labels stay 
 import csv
 import hashlib
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 
+from data_builders.label_column import is_known, same_label
 from data_builders.schema import ecg_features
 from data_builders.splits import check_no_patient_crosses, split_of_patient
 from modeling_ecgmoe import ecg_files
@@ -54,11 +56,14 @@ class EcgCsv(datasets.GeneratorBasedBuilder):
     """Recordings listed in a CSV file.
 
     `EcgCsv(csv="labels.csv")`, then `download_and_prepare()` and `as_dataset("train")`. The column `table` holds all
-    cells of a row as text. Files that cannot be read are left out, counted and named whenever a split is opened.
+    cells of a row as text, and `place` says where it stands. A file in several rows is one recording, with what any of
+    them knows; where two say different things of it, `conflicts` holds column and message. Files that cannot be read
+    are left out. Both are counted and named whenever a split is opened.
 
     Raises:
         FileNotFoundError: there is no such table.
-        ValueError: the table lacks a column, a patient or a split, or a patient is in two splits.
+        ValueError: the table lacks a column, a patient or a split, a patient is in two splits, or a file has two
+            patients or splits.
     """
 
     VERSION = datasets.Version("1.0.0")
@@ -76,27 +81,47 @@ class EcgCsv(datasets.GeneratorBasedBuilder):
 
     def _info(self) -> datasets.DatasetInfo:
         text = datasets.Value("string")
-        columns = {"path": text, "table": dict.fromkeys(self.rows[0], text), "problem": text}
+        columns = {"path": text, "table": dict.fromkeys(self.rows[0], text), "place": text, "problem": text}
+        columns |= {"num_rows": datasets.Value("int32"), "conflicts": [{"column": text, "message": text}]}
         return datasets.DatasetInfo(features=ecg_features(None, **columns))
 
     def _split_generators(self, dl_manager: datasets.DownloadManager) -> list[datasets.SplitGenerator]:
-        config, listed = self.config, []
+        config = self.config
+        listed: dict[str, Entry] = {}
         for number, row in enumerate(self.rows):
-            # Two rows of one file are one patient too, where the table does not say whose they are.
-            patient = row[config.patient_column or config.path_column].strip()
+            path = row[config.path_column].strip()
+            patient = row[config.patient_column].strip() if config.patient_column else path
             if not patient and config.patient_column:
                 raise ValueError(
                     f"{config.csv}: row {number + 1} has no {config.patient_column}; a patient must not be in two "
                     "splits, so fill it in, or leave the row out"
                 )
-            listed.append((str(number), patient, self._split_of(number, row, patient), row))
-        splits = {name: [entry for entry in listed if entry[2] == name] for name in SPLITS}
+            record = _record_of(self.folder / path) if path else f"row {number}"
+            first = listed.setdefault(record, Entry(number, patient, self._split_of(number, row, patient), {}))
+            if first.rows:
+                self._check_same(first, number, row)
+            first.rows[number] = row
+        splits = {name: [entry for entry in listed.values() if entry[2] == name] for name in SPLITS}
         check_no_patient_crosses({name: [entry[1] for entry in entries] for name, entries in splits.items()})
         return [
             datasets.SplitGenerator(name=name, gen_kwargs={"entries": entries})
             for name, entries in splits.items()
             if entries
         ]
+
+    def _check_same(self, first: "Entry", number: int, row: dict[str, str]) -> None:
+        """Refuse a later row of a file that is of another patient or split than the first."""
+        config, earlier = self.config, first.rows[first.number]
+        for column in filter(None, (config.patient_column, config.split_column)):
+            cells = earlier[column].strip(), row[column].strip()
+            if column == config.split_column and self._split_of(number, row, first.patient) == first.split:
+                continue
+            if cells[0] != cells[1]:
+                raise ValueError(
+                    f"{config.csv}: rows {first.number + 1} and {number + 1} name one file, "
+                    f"{row[config.path_column].strip()}, and hold {cells[0]!r} and {cells[1]!r} in the column "
+                    f"{column!r}; keep one of them"
+                )
 
     def _split_of(self, number: int, row: dict[str, str], patient: str) -> str:
         column = self.config.split_column
@@ -110,16 +135,16 @@ class EcgCsv(datasets.GeneratorBasedBuilder):
             )
         return name
 
-    def _generate_examples(
-        self, entries: list[tuple[str, str, str, dict[str, str]]]
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
+    def _generate_examples(self, entries: list["Entry"]) -> Iterator[tuple[str, dict[str, Any]]]:
         config = self.config
-        for key, patient, _, row in entries:
-            path = row[config.path_column].strip()
-            out: dict[str, Any] = {"record_id": Path(path).stem, "patient_id": patient, "path": path, "table": row}
+        for number, patient, _, rows in entries:
+            path = rows[number][config.path_column].strip()
+            table, conflicts = _merged(rows, path)
+            out: dict[str, Any] = {"record_id": Path(path).stem, "patient_id": patient, "path": path, "table": table}
+            out |= {"place": place_of(path, *rows), "num_rows": len(rows), "conflicts": conflicts}
             try:
                 if not path:
-                    raise EcgFileError(f"row {int(key) + 1} names no file")
+                    raise EcgFileError(f"row {number + 1} names no file")
                 ecg = read_ecg(
                     self.folder / path,
                     sampling_rate=config.sampling_rate,
@@ -133,7 +158,7 @@ class EcgCsv(datasets.GeneratorBasedBuilder):
                 }
             except (EcgFileError, FileNotFoundError) as error:
                 out |= {"signal": [], "lead_names": [], "problem": str(error)}
-            yield key, out
+            yield str(number), out
 
     def as_dataset(self, split: str | None = None, **options: Any) -> datasets.Dataset | datasets.DatasetDict:
         """The recordings of a split that could be read, or of all splits; the others are named in the log."""
@@ -146,18 +171,65 @@ class EcgCsv(datasets.GeneratorBasedBuilder):
             )
         rows = super().as_dataset(split, **options)
         problems = rows["problem"][:]
-        broken = [f"{path}: {problem}" for path, problem in zip(rows["path"][:], problems, strict=True) if problem]
-        sound = rows.select([i for i, problem in enumerate(problems) if not problem]).remove_columns("problem")
+        sound = rows.select([i for i, problem in enumerate(problems) if not problem])
         if not len(sound):
             raise ValueError(
-                f"{self.config.csv}: none of the {len(rows)} files of {split} can be read, the first: {broken[0]}"
+                f"{self.config.csv}: none of the {len(rows)} files of {split} can be read, the first: "
+                f"{rows['path'][0]}: {problems[0]}"
             )
-        if broken:
-            logger.warning(
-                "%s, %s: %d of %d files cannot be read and are left out:\n  %s",
-                Path(self.config.csv).name, split, len(broken), len(rows), shorten(broken),
-            )  # fmt: skip
-        return sound
+        self.tell_problems(split)
+        return sound.remove_columns(["num_rows", "problem"])
+
+    def tell_problems(self, split: str) -> None:
+        """Name the files of a split that cannot be read, and those that several rows name, in the log."""
+        if split not in self.info.splits:
+            return
+        rows = super().as_dataset(split).select_columns(["path", "place", "num_rows", "problem"])[:]
+        broken = [f"{path}: {problem}" for path, problem in zip(rows["path"], rows["problem"], strict=True) if problem]
+        again = [place for place, count in zip(rows["place"], rows["num_rows"], strict=True) if count > 1]
+        for found, what in ((broken, "cannot be read and are left out"), (again, "are in several rows and used once")):
+            if found:
+                logger.warning(
+                    "%s, %s: %d of %d files %s:\n  %s",
+                    Path(self.config.csv).name, split, len(found), len(rows["path"]), what, shorten(found),
+                )  # fmt: skip
+
+
+class Entry(NamedTuple):
+    """A recording of the table: its first row's number from 0, its patient and split, and all its rows by number."""
+
+    number: int
+    patient: str
+    split: str
+    rows: dict[int, dict[str, str]]
+
+
+def _record_of(path: Path) -> str:
+    """One name for a file, however a table spells it: of a WFDB record, header and signal are one."""
+    normal = os.path.normpath(path)
+    return normal.removesuffix(".hea").removesuffix(".dat")
+
+
+def _merged(rows: dict[int, dict[str, str]], path: str) -> tuple[dict[str, str], list[dict[str, str]]]:
+    """What the rows of one file know together, and a message for each column in which they disagree."""
+    merged: dict[str, str] = {}
+    told: dict[str, int] = {}  # the number of the row that a cell is from
+    conflicts: dict[str, str] = {}
+    for number, row in rows.items():
+        for column, cell in row.items():
+            if column not in merged or (is_known(cell) and not is_known(merged[column])):
+                merged[column], told[column] = cell, number
+            elif is_known(cell) and not same_label(cell, merged[column]):
+                conflicts[column] = (
+                    f"rows {told[column] + 1} and {number + 1} name one file, {path}, and hold "
+                    f"{merged[column]!r} and {cell!r} in the column {column!r}"
+                )
+    return merged, [{"column": column, "message": message} for column, message in conflicts.items()]
+
+
+def place_of(path: str, *numbers: int) -> str:
+    """Where a recording stands in the table, for messages: the numbers of its rows, from 0, and its file."""
+    return f"row{'s'[: len(numbers) > 1]} {', '.join(str(number + 1) for number in numbers)} ({path.strip()})"
 
 
 def read_table(path: Path, columns: dict[str, str]) -> list[dict[str, str]]:

@@ -145,7 +145,7 @@ class MultiTask:
         if self._model is None:
             from .modeling_ecgmoe import EcgMoeForTasks
 
-            self._model = EcgMoeForTasks.from_pretrained(_folder_of(self.name, None), dtype=torch.float32).eval()
+            self._model = EcgMoeForTasks.from_pretrained(folder_of(self.name), dtype=torch.float32).eval()
         return self._model
 
     @property
@@ -175,7 +175,7 @@ class MultiTask:
             ValueError: an adapter was made for another base, or adapts more than the fusion; or the folder's
                 `typicality.safetensors` is damaged or of another model.
         """
-        folder = _folder_of(model, revision)
+        folder = folder_of(model, revision)
         name = str(model) if revision is None else f"{model}@{revision}"
         many = cls(_load(folder), EcgMoeFeatureExtractor.from_pretrained(folder), name)
         many.typicality = Typicality.load(folder, many.base)
@@ -199,7 +199,7 @@ class MultiTask:
             FileNotFoundError: there is no such adapter.
             ValueError: it was made for another base, or adapts more than the fusion. What was loaded stays.
         """
-        folder = _folder_of(source, revision)
+        folder = folder_of(source, revision)
         card = AdapterCard.load(folder)
         if card.base != self.base:
             raise ValueError(
@@ -366,8 +366,13 @@ def _base_name(folder: Path) -> str:
     return values.get("base_model_name_or_path") or "without a name"
 
 
-def _folder_of(source: str | Path, revision: str | None) -> Path:
-    """The folder of a model or adapter, downloaded where `source` is an id on the Hub."""
+def folder_of(source: str | Path, revision: str | None = None) -> Path:
+    """The folder of a model or adapter, downloaded where it is an id on the Hub, `me/ecg-moe` or `me/ecg-moe@v2`.
+
+    Raises:
+        FileNotFoundError: it is neither a folder nor an id that the Hub gives out.
+        ValueError: two revisions are named.
+    """
     folder = Path(source)
     if folder.is_dir():
         return folder

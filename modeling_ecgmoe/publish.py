@@ -120,7 +120,8 @@ def _first_page(folder: Path) -> str:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     tasks = ", ".join(config.get("tasks") or {}) or "none"
     training = folder / "training.json"
-    data = json.loads(training.read_text(encoding="utf-8")).get("dataset") if training.is_file() else None
+    arguments = json.loads(training.read_text(encoding="utf-8")) if training.is_file() else {}
+    data = arguments.get("dataset") or arguments.get("csv")
     return f"""\
 # ECG-MoE
 

@@ -2,12 +2,12 @@
 
 import csv
 import json
-import logging
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from tiny_model import save_tiny_model, tiny_model
 from transformers import pipeline
 
 import train
-from adaptation import AdaptArguments, describe_data, find_or_infer_task
+from adaptation import AdaptArguments, describe_data, find_known_task
 from data_builders.csv_table import EcgCsv
 from data_builders.synthetic import synthetic_ecg, write_wfdb
 from evaluation import predict_logits
@@ -320,7 +320,7 @@ def test_the_program_says_what_it_takes_the_labels_for_and_what_it_leaves_out(ad
     assert "task ef: regression, by what the column holds, --kind says otherwise; mean" in said
     assert "task grade: multi_class, by what the column holds, --kind says otherwise; labels mild, none" in said
     assert "labels.csv, train: 2 of 15 files cannot be read and are left out" in said
-    assert "flat: all leads are flat" in said
+    assert "train: 1 of 13 recordings are left out:\n  flat.npz: all leads are flat" in said
     assert "task ef, train: 1 of 12 recordings have no label and do not count" in said
 
 
@@ -413,7 +413,7 @@ def test_an_adapter_is_evaluated_on_the_test_split_of_the_table(
         ("weight", {}, "has no column 'weight'; its columns are path, patient, split, ef, grade; pass --label_column"),
         ("ef", {"kind": "binary"}, "a binary task has two labels, and the column 'ef' holds"),
         ("age", {"kind": "binary", "label_column": "ef"}, "task age is a regression, and --kind says binary"),
-        ("sex", {}, "task sex reads the column 'sex', which labels.csv does not have"),
+        ("sex", {}, "has no column 'sex'; its columns are path, patient, split, ef, grade; pass --label_column"),
         ("my-task", {"label_column": "ef"}, "letters, digits and underscores, found 'my-task'"),
         ("ef", {"csv": None, "label_column": "ef"}, "--label_column names the labels of one --task in a --csv"),
     ],
@@ -437,11 +437,10 @@ def test_a_split_that_cannot_tell_good_from_bad_is_refused(own: Path, hub: Path,
         train.main(["adapt", "--task", "low", *words(own, hub, csv=tmp_path / "labels.csv", data_dir=own)])
 
 
-def test_a_known_task_reads_a_column_of_the_table(own: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
+def test_a_known_task_reads_a_column_of_the_table(own: Path) -> None:
     data, arguments = DataArguments(csv=str(own / "labels.csv")), AdaptArguments(task=["age"], label_column="ef")
-    task = find_or_infer_task("age", data, arguments, rows_of(own))
-    assert (task.column, task.center) == ("ef", TASKS["age"].center)
+    task = find_known_task("age", data, arguments)
+    assert task == replace(TASKS["age"], column="ef")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import Any
 import datasets
 import pytest
 
-from data_builders.label_column import find_kind, find_labels, infer_task, read_label
+from data_builders.label_column import find_kind, find_labels, infer_task, read_label, same_label
 from modeling_ecgmoe.tasks import KINDS, Task
 
 GRADE = Task("grade", "multi_class", "of the valve", "grade", labels=("mild", "none", "severe"))
@@ -64,19 +64,16 @@ def test_labels_that_are_numbers_keep_their_order() -> None:
 
 
 def test_a_regression_is_scaled_by_its_training_split() -> None:
-    task = infer_task("x", "c", ["1", "3", "", "5.5"], ["1000"], unit="mmol/L")
+    train = ["1", "3", "", "5.5"]
+    task = infer_task("x", "c", train, [*train, "1000"], unit="mmol/L")
     assert task.center == pytest.approx(9.5 / 3, rel=1e-5)
     assert task.spread == pytest.approx(((1 + 9 + 5.5**2) / 3 - (9.5 / 3) ** 2) ** 0.5, rel=1e-5)
     assert task.unit == "mmol/L"
 
 
 def test_labels_of_the_other_splits_are_labels_too() -> None:
-    assert infer_task("x", "c", ["mild", "none", "severe"], ["", "moderate"]).labels == (
-        "mild",
-        "moderate",
-        "none",
-        "severe",
-    )
+    train = ["mild", "none", "severe"]
+    assert infer_task("x", "c", train, [*train, "", "moderate"]).labels == ("mild", "moderate", "none", "severe")
 
 
 @pytest.mark.parametrize(
@@ -86,7 +83,7 @@ def test_labels_of_the_other_splits_are_labels_too() -> None:
         (["yes", "yes"], {}, "holds only 'yes'"),
         (["2.5", "2.5"], {"kind": "regression"}, "holds only '2.5'"),
         (["a", "b", "c"], {"kind": "binary"}, "a binary task has two labels, and the column 'c' holds 3: a, b, c"),
-        (["1", "high"], {"kind": "regression"}, "holds 'high', and a regression needs numbers"),
+        (["1", "high"], {"kind": "regression"}, "holds 'high' in row 2, and a regression needs numbers; empty a cell"),
         (["a", "b"], {"unit": "mV"}, "--unit mV is of a regression"),
         (["a", "b"], {"kind": "ranking"}, f"unknown --kind 'ranking'; choose among {', '.join(KINDS)}"),
     ],
@@ -114,13 +111,69 @@ def test_a_cell_is_read_as_its_task_needs_it(task: Task, text: str, value: Any) 
     assert read_label(text, task) == value
 
 
-def test_a_cell_that_is_no_number_is_named() -> None:
-    with pytest.raises(ValueError, match="the column 'ef' holds 'low', which is not a number; leave the cell empty"):
-        read_label("low", Task("ef", "regression", "ejection fraction", "ef"))
+def own_rows(column: str, cells: list[str], **columns: list[Any]) -> datasets.Dataset:
+    """Rows as those of a table of one's own, with these cells in one column."""
+    places = [f"row {number} (r{number}.npz)" for number, _ in enumerate(cells, start=1)]
+    table = [{column: cell} for cell in cells]
+    return datasets.Dataset.from_dict({"table": table, "place": places, "conflicts": [[] for _ in cells]} | columns)
+
+
+@pytest.mark.parametrize(
+    ("task", "cells", "message"),
+    [
+        (
+            Task("ef", "regression", "ejection fraction", "ef"),
+            ["55", "low", "", "n.d."],
+            r"task ef, column 'ef': row 2 \(r2.npz\): 'low' is not a number, row 4 \(r4.npz\): 'n.d.' is not a number"
+            "; leave a cell empty",
+        ),
+        (GRADE, ["mild", "moderate"], r"row 2 \(r2.npz\): 'moderate' is none of mild, none, severe"),
+        (FINDINGS, ["AF;VT", ";"], r"row 1 \(r1.npz\): 'VT' is none of AF, PVC"),
+    ],
+)
+def test_a_cell_that_is_none_of_the_task_is_named_with_its_row(task: Task, cells: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_labels(own_rows(task.column, cells), task)
+
+
+def test_a_file_with_two_labels_is_refused_for_the_task_of_these_labels_alone() -> None:
+    conflicts = [[{"column": "grade", "message": "rows 1 and 2 name one file"}]]
+    rows = own_rows("grade", ["mild"], conflicts=conflicts)
+    with pytest.raises(ValueError, match="task grade: rows 1 and 2 name one file; a recording has one label"):
+        find_labels(rows, GRADE)
+    conflicts[0][0]["column"] = "ef"
+    assert find_labels(own_rows("grade", ["mild"], conflicts=conflicts), GRADE) == ["mild"]
+
+
+@pytest.mark.parametrize("kind", [None, "regression"])
+@pytest.mark.parametrize("slip", ["low", "55;60", "5O"])
+def test_a_few_slips_among_numbers_are_named_with_their_rows(kind: str | None, slip: str) -> None:
+    train = ["55", "60", "61.5", "", "58"] * 3
+    every, places = [*train, "57", slip], [f"row {number} (r{number}.npz)" for number in range(1, 18)]
+    with pytest.raises(ValueError, match=rf"'{slip}' in row 17 \(r17\.npz\).*; empty a cell .*--kind"):
+        infer_task("ef", "ef", train, every, places, kind=kind)
+
+
+def test_a_number_and_a_word_are_two_classes() -> None:
+    assert infer_task("x", "c", ["0"] * 9 + ["PVC"]).labels == ("0", "PVC")
+
+
+def test_of_many_slips_the_first_are_named() -> None:
+    with pytest.raises(ValueError, match="'x' in row 39, and 11 more; empty a cell"):
+        infer_task("x", "c", ["1", "2.5"] * 15 + ["x"] * 20)
+
+
+@pytest.mark.parametrize(
+    ("text", "other", "same"),
+    [("1", "1.0", True), ("0", "0.0", True), ("55,5", "55.50", True), ("AF;PVC", "PVC; AF", True), ("a", "b", False),
+     (";", "AF", False), ("1", "1;2", False)],
+)  # fmt: skip
+def test_cells_hold_the_same_label_however_it_is_written(text: str, other: str, same: bool) -> None:
+    assert same_label(text, other) is same
 
 
 def test_of_a_table_the_cells_count_and_elsewhere_the_column() -> None:
-    rows = datasets.Dataset.from_dict({"grade": [0, 1], "table": [{"severity": "mild"}, {"severity": ""}]})
+    rows = own_rows("severity", ["mild", ""], grade=[0, 1])
     assert find_labels(rows, replace(GRADE, column="severity")) == ["mild", None]
     assert find_labels(rows, GRADE) is None
     assert find_labels(rows.remove_columns("table"), GRADE) == [0, 1]

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("modeling_ecgmoe", "data_builders")
 # What stands outside the packages and may be imported by whom. The packages themselves are open to everyone.
 OUTSIDE = {
+    "arguments": {"records", "evaluation", "adaptation", "train", "benchmarks", "tests"},
     "records": {"soft_labels", "evaluation", "head_start", "adaptation", "train", "benchmarks", "tests"},
     "evaluation": {"adaptation", "train", "benchmarks", "tests"},
     "checkpoints": {"adaptation", "train", "tests"},
