@@ -13,7 +13,7 @@ from transformers import HfArgumentParser
 
 from modeling_ecgmoe.answer_files import printable
 
-REFUSED = 2  # the exit status, as that of `ecgmoe`
+REFUSED, INTERRUPTED = 2, 130  # exit statuses, as those of `ecgmoe`
 SOURCES = Path(__file__).resolve().parent
 OWN_FOLDERS = (SOURCES, SOURCES / "data_builders", SOURCES / "modeling_ecgmoe")
 RANGES: dict[str, Callable[[float], bool]] = {
@@ -140,7 +140,7 @@ def make_folder(folder: Path, option: str) -> None:
 
 
 def run_program(program: Callable[[list[str]], None], argv: list[str], name: str) -> int:
-    """Run a program; gives the exit status. What its user can mend is one line on stderr, all else a traceback."""
+    """Run a program; gives the exit status. What its user did or can mend is one line on stderr, all else a traceback."""
     try:
         program(argv)
     except (ValueError, FileNotFoundError) as error:
@@ -148,6 +148,9 @@ def run_program(program: Callable[[list[str]], None], argv: list[str], name: str
             raise
         print(f"{name}:", printable(" ".join(str(error).split())), file=sys.stderr)
         return REFUSED
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 

@@ -253,6 +253,8 @@ def read_table(path: Path, columns: dict[str, str]) -> list[dict[str, str]]:
             rows = [{name: cell for name, cell in row.items() if name != ""} for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is not a CSV table in UTF-8 ({error}); save it again") from error
+    while rows and not any("".join(cell or "").strip() for cell in rows[-1].values()):
+        rows.pop()  # as spreadsheets leave them at the end
     names = reader.fieldnames or []
     twice = [name for name, count in Counter(names).items() if count > 1]
     if not rows or twice:

@@ -206,6 +206,14 @@ def run_train(*words: str, launcher: tuple[str, ...] = (), folder: Path = ROOT) 
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
+def test_an_interruption_is_a_line_and_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    def program(_: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    assert run_program(program, [], "train.py") == 130
+    assert capsys.readouterr().err == "train.py: interrupted\n"
+
+
 def test_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
     train.main(["--help"])
     assert capsys.readouterr().out.startswith("usage: train.py {pretrain,adapt,evaluate}")

@@ -15,6 +15,7 @@ from tiny_model import save_tiny_model
 
 import train
 from checkpoints import save_arguments
+from data_builders.csv_table import read_table
 from data_builders.synthetic import synthetic_ecg
 from modeling_ecgmoe.adapter_card import AdapterCard
 from modeling_ecgmoe.cli import main
@@ -112,6 +113,11 @@ def test_a_file_in_two_splits_or_of_two_patients_is_refused(
     rows = [row(0, patient="a"), row(1, patient="b"), row(0, patient="a") | changes]
     with pytest.raises(ValueError, match=message):
         load_split(data_of(files, tmp_path, rows, patient_column="patient"), "train")
+
+
+def test_blank_rows_at_the_end_are_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("path,ef\nr0.npz,55\n,\nr1.npz,60\n,\n  ,\n")
+    assert [row["ef"] for row in read_table(tmp_path / "labels.csv", {})] == ["55", "", "60"]
 
 
 def test_two_spellings_of_a_split_are_one(files: Path, tmp_path: Path) -> None:
