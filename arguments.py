@@ -140,7 +140,7 @@ def make_folder(folder: Path, option: str) -> None:
 
 
 def run_program(program: Callable[[list[str]], None], argv: list[str], name: str) -> int:
-    """Run a program; gives the exit status. What its user did or can mend is one line on stderr, all else a traceback."""
+    """Run a program; gives the exit status. What its user can mend is one line on stderr, a defect a traceback."""
     try:
         program(argv)
     except (ValueError, FileNotFoundError) as error:
