@@ -250,13 +250,15 @@ def read_table(path: Path, columns: dict[str, str]) -> list[dict[str, str]]:
             first = file.readline()
             file.seek(0)
             reader = csv.DictReader(file, delimiter=max(",;\t", key=first.count), restval="")
+            names = [name.strip() for name in reader.fieldnames or []]
+            reader.fieldnames = names
             rows = [{name: cell for name, cell in row.items() if name != ""} for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} is not a CSV table in UTF-8 ({error}); save it again") from error
+        raise ValueError(f"{path} is not a CSV table in UTF-8 ({error}); save it as CSV UTF-8") from error
     while rows and not any("".join(cell or "").strip() for cell in rows[-1].values()):
         rows.pop()  # as spreadsheets leave them at the end
-    names = reader.fieldnames or []
-    twice = [name for name, count in Counter(names).items() if count > 1]
+    # Spreadsheets leave columns without a name behind.
+    twice = [name for name, count in Counter(names).items() if count > 1 and name]
     if not rows or twice:
         raise ValueError(f"{path} has {f'the column {twice[0]!r} twice' if twice else 'no rows'}; mend the table")
     for number, row in enumerate(rows):

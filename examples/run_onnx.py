@@ -22,7 +22,7 @@ FILES = ["model.onnx", "tasks.json", "preprocessor_config.json"]
 NUMBER = r"[\d.]*[1-9][\d.]*"
 RECORD_LINE = re.compile(rf"\S+ (?P<signals>\d+) (?P<rate>{NUMBER})(?:/\S+)?(?: (?P<samples>\d+)(?: .*)?)?")
 SIGNAL_LINE = re.compile(  # gain, baseline and unit; resolution and zero of the converter; three numbers; the lead
-    rf"(?P<file>\S+) 16(?:\+(?P<skip>\d+))? (?P<gain>{NUMBER})(?:\((?P<baseline>-?\d+)\))?(?:/mV)? \d+ "
+    rf"(?P<file>\S+) 16(?:\+(?P<skip>\d+))? (?P<gain>{NUMBER})(?:\((?P<baseline>-?\d+)\))?(?:/[mM][vV])? \d+ "
     r"(?P<zero>-?\d+) -?\d+ -?\d+ \d+ (?P<lead>\S+)"
 )
 

@@ -124,9 +124,10 @@ class MultiTask:
     def __init__(self, model: "EcgMoeForTasks | Backbone", extractor: EcgMoeFeatureExtractor, name: str = "") -> None:
         """name: what the model is called, its folder or id, *optional*, from where it was loaded.
 
-        `encoder` is made from the weights that the model has now.
+        `encoder` is made from the weights that the model has now, and computes in float32 whatever they came in:
+        adapters do, and so do their calibrations.
         """
-        backbone = model if isinstance(model, Backbone) else Backbone.of(model.eval())
+        backbone = model if isinstance(model, Backbone) else Backbone.of(model.eval()).float()
         self.config: EcgMoeConfig = model.config
         self.fusion: Fusion = backbone.fusion
         self.encoder = folded(backbone.encoder)
@@ -136,6 +137,7 @@ class MultiTask:
         self.cards: dict[str, AdapterCard] = {}
         self.typicality: Typicality | None = None
         self._model = None if isinstance(model, Backbone) else model
+        self._is_exact = next(model.parameters()).dtype != torch.bfloat16
         self._weights: dict[str, AdapterWeights] = {}
         self._stacked: StackedFusion | None = None
 
@@ -202,9 +204,10 @@ class MultiTask:
         folder = folder_of(source, revision)
         card = AdapterCard.load(folder)
         if card.base != self.base:
+            rounded = "" if self._is_exact else "; its weights came in bfloat16, load them in float32 or float16"
             raise ValueError(
                 f"the adapter {source} was trained on base {card.base} ({_base_name(folder)}), this model is "
-                f"{self.base} ({self.name}); load the model it was made for"
+                f"{self.base} ({self.name}); load the model it was made for{rounded}"
             )
         name = card.task.name
         self._weights[name] = AdapterWeights.load(folder, card.task, self.fusion)

@@ -77,7 +77,7 @@ class CsvTable:
     def __init__(self, cards: dict[str, "AdapterCard"]) -> None:
         self.columns = list(self.facts)
         for name, card in cards.items():
-            ends = ("low", "high") if card.task.kind == "regression" else ()
+            ends = {"regression": ("low", "high"), "multi_label": ("windows",)}.get(card.task.kind, ())
             evidence = ("evidence",) if card.evidence != "measured" else ()
             self.columns += [name, *(f"{name}_{part}" for part in (*ends, *card.task.labels, *evidence))]
         self.head = self._text(self.columns)
@@ -91,6 +91,8 @@ class CsvTable:
             cells[name] = answer["value"] if "value" in answer else ";".join(answer["labels"])
             parts = dict(zip(("low", "high"), answer.get("interval", ()), strict=False))
             parts |= answer.get("probabilities", {}) | {"evidence": answer.get("evidence", "")}
+            windows = answer.get("windows", {}).items()
+            parts["windows"] = ";".join(f"{label} {found['windows']}/{found['of']}" for label, found in windows)
             cells |= {f"{name}_{part}": value for part, value in parts.items()}
         return self._text([cells.get(column, "") for column in self.columns])
 

@@ -106,7 +106,9 @@ def ecg_of_array(
     num_names = len(names or facts.lead_names or ())
     if num_names and num_names != array.shape[0] and num_names == array.shape[1]:
         array = array.T  # (samples, leads): the names leave no doubt
-    settled_rate, settled, scale = facts.settle(rate, names, array.shape[0], unit)
+    # Without names as many as the shorter side, since (samples, leads) is common.
+    num_leads = array.shape[0] if num_names else min(array.shape)
+    settled_rate, settled, scale = facts.settle(rate, names, num_leads, unit)
     with np.errstate(over="ignore", invalid="ignore"):
         signal = np.multiply(array, scale, dtype=np.float64).astype(np.float32)
     return Ecg(signal, settled_rate, settled)
@@ -163,6 +165,9 @@ def read_table(path: Path, facts: Facts) -> Ecg:
             f"its columns have several units ({found}); write all leads in one unit, and say it of each"
         )
     rate = next((r for i, (name, unit) in enumerate(names_units) if (r := _rate_of(name, unit, values[i]))), None)
+    if rate is None and facts.sampling_rate is not None:
+        for i, (name, unit) in enumerate(names_units):
+            _check_times(name, unit, values[i], facts.sampling_rate)
     names = [names_units[i][0] for i in columns]
     return ecg_of_array(values[columns], facts, rate, names, next(iter(units), None))
 
@@ -202,6 +207,19 @@ def _parse_rows(lines: list[str], delimiter: str, num_columns: int) -> np.ndarra
         except ValueError as error:
             raise EcgFileError(f"sample {number + 1} has a cell that is not a number: {shown(line)}") from error
     return values.T
+
+
+def _check_times(name: str, unit: str | None, values: np.ndarray, sampling_rate: float) -> None:
+    """Refuse a rate that a column of times contradicts, in whatever unit its times are; 0, 1, 2... may be no times."""
+    if unit is not None or name.strip().lower() not in ("time", "t", "timestamp") or len(values) < 2:
+        return
+    step = float(values[-1] - values[0]) / (len(values) - 1)
+    rates = [1.0 / (step * seconds) for seconds in set(_SECONDS.values())] if step > 0 and step != 1.0 else []
+    if rates and all(abs(rate - sampling_rate) > 0.01 * sampling_rate for rate in rates):
+        raise EcgFileError(
+            f"its column {shown(name)} rises by {step:g} a sample, and passed was {sampling_rate:g} Hz; pass the "
+            "right rate, or write the unit behind the column's name, as time [s]"
+        )
 
 
 def _rate_of(name: str, unit: str | None, values: np.ndarray) -> float | None:

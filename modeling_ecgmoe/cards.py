@@ -165,12 +165,18 @@ def calibration_results(card: AdapterCard, training: dict[str, Any]) -> list[Eva
             dataset_split="validation",
             metric_type=metric.name,
             metric_value=card.metrics[key],
-            metric_name=f"{card.task.name}: {_title(metric, card.task.name)}{_interval(card.metrics)}, on the data of "
-            "the calibration",
+            metric_name=f"{card.task.name}: {_title(metric, card.task.name)}{_interval(_ends(card, metric.name))}, on "
+            "the data of the calibration",
         )
         for key, metric in metrics.items()
         if metric is not None
     ]
+
+
+def _ends(card: AdapterCard, metric: str) -> dict[str, float]:
+    """The interval of one of a card's metrics, empty where it has none; the main one's has no name before its ends."""
+    before = "" if metric == card.task.metrics[0] else f"{metric}_"
+    return {end: card.metrics[f"{before}{end}"] for end in ("low", "high") if f"{before}{end}" in card.metrics}
 
 
 def _title(metric: Metric, task: str) -> str:

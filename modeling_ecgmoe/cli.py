@@ -27,13 +27,14 @@ A JSON line holds record, path, status, sampling_rate, leads, duration_s, qualit
 answered has status "error" and the reason in error, and the others go on.
 
 quality says in its warnings what to know of a recording: that it may be no ECG, swapped arm electrodes, and the like.
-Answers of a recording longer than 10 seconds are the mean over its windows; windows in the answers of rhythms and
-statements says in how many of them each label was given, and where it was most probable.
+Answers of a recording longer than 10 seconds come from the mean of its windows' logits; windows in the answers of
+rhythms and statements says in how many of them each label was given, and where it was most probable.
 
 CSV columns: record, path, status, error, sampling_rate (Hz), leads (joined by ;), duration_s, warnings (joined by ;),
 and for each task
   a regression      <task>, and <task>_low and <task>_high, the ends of its interval; empty where nothing was measured
   a classification  <task>, the labels given (joined by ;), and <task>_<label>, the probability of each
+  several labels    <task>_windows too: of a long recording each label and in how many of its windows it was given
   either            <task>_evidence, where the adapter was not trained on real recordings
 
 Exit status: 0 all answered, 1 some records failed, 2 refused as asked, 130 interrupted.
@@ -130,8 +131,8 @@ def _add_files(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("paths", nargs="*", type=Path, metavar="PATH", help="ECG files, and folders of them")
     _add_model(command)
-    add("--sampling_rate", type=_positive(float), metavar="HZ", help="of files that do not give it")
-    add("--unit", choices=("V", "mV", "uV", "nV"), help="of files that do not give it")
+    add("--sampling_rate", type=_positive(float), metavar="HZ", help="of files that do not give it; others must agree")
+    add("--unit", choices=("V", "mV", "uV", "nV"), help="of files that do not give it; others must agree")
     add(
         "--leads",
         nargs="+",

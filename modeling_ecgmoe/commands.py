@@ -121,9 +121,13 @@ def ask_records(
     from tqdm import tqdm
 
     from .prediction import predict_records
+    from .recording import EcgFileWarning
 
     started, num_failed, num_warned = time.monotonic(), 0, 0
-    with contextlib.closing(predict_records(many, paths, facts, args.batch_size)) as lines:
+    with (
+        warnings.catch_warnings(category=EcgFileWarning, action="ignore"),  # each line says it of its record
+        contextlib.closing(predict_records(many, paths, facts, args.batch_size)) as lines,
+    ):
         # None: a bar on a terminal, nothing in a log.
         for line in tqdm(lines, total=len(paths), unit=" records", disable=True if args.quiet else None):
             with tqdm.external_write_mode():

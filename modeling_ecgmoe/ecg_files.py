@@ -7,8 +7,10 @@ data are refused with an `EcgFileError`.
 To add a format: write a function `(path, facts) -> Ecg` and enter its suffix in `READERS`.
 """
 
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .array_files import (
@@ -72,12 +74,14 @@ def read_ecg(
             found = f"suffix {shown(path.suffix)}" if is_file else "a folder or device"
             raise EcgFileError(f"expected an ECG file ({', '.join(READERS)}), found {found}")
         ecg = reader(path, facts)
-        check_amplitude(ecg.signal)
+        remark = check_amplitude(ecg.signal)
     except OSError as error:
         raise EcgFileError(f"the file cannot be read: {error.strerror or shown(error)}") from error
     except MemoryError as error:
         raise EcgFileError("the recording does not fit into memory; cut it into shorter records") from error
-    return ecg if with_metadata else Ecg(ecg.signal, ecg.sampling_rate, ecg.lead_names)
+    if remark:
+        warnings.warn(f"{path.name}: {remark}", EcgFileWarning, stacklevel=2)
+    return replace(ecg, metadata=ecg.metadata if with_metadata else {}, remark=remark)
 
 
 def find_ecgs(paths: Iterable[str | Path]) -> list[Path]:

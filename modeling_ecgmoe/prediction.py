@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def read_record(path: Path, facts: FileFacts) -> Ecg:
     if missing:
         names = ", ".join(wanted[lead] for lead in wanted if lead in missing)
         raise ValueError(f"it has no lead {names}, its leads are {', '.join(ecg.lead_names)}; choose among them")
-    return Ecg(ecg.signal[rows], ecg.sampling_rate, tuple(ecg.lead_names[row] for row in rows))
+    return replace(ecg, signal=ecg.signal[rows], lead_names=tuple(ecg.lead_names[row] for row in rows))
 
 
 def load_record(many: MultiTask, path: Path, facts: FileFacts) -> LoadedRecord:
@@ -65,7 +65,7 @@ def load_record(many: MultiTask, path: Path, facts: FileFacts) -> LoadedRecord:
     line: dict[str, Any] = {"record": path.stem, "path": str(path)}
     try:
         ecg = read_record(path, facts)
-        return prepare_record(many, line, ecg.signal, ecg.sampling_rate, ecg.lead_names)
+        return prepare_record(many, line, ecg.signal, ecg.sampling_rate, ecg.lead_names, ecg.remark)
     except FileNotFoundError as error:
         return refuse_record(line, f"{error}; check the path")
     except ValueError as error:

@@ -4,7 +4,6 @@ What a file does not say (sampling rate, unit, lead names) is asked for, never a
 only as far as it is possible: a rate no recorder has or amplitudes no heart makes are refused with an `EcgFileError`.
 """
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,12 +44,14 @@ class Ecg:
         sampling_rate: in Hz.
         lead_names: one for each row of `signal`, spelled as in the file; where it has codes, what they stand for.
         metadata: what else the file says, empty unless asked for: it may identify the patient.
+        remark: what to know of the signal, see `EcgFileWarning`.
     """
 
     signal: np.ndarray
     sampling_rate: float
     lead_names: tuple[str, ...]
     metadata: dict[str, Any] = field(default_factory=dict)
+    remark: str = ""
 
     @property
     def duration_s(self) -> float:
@@ -148,12 +149,13 @@ class Facts:
         return next(iter(scales.values()))
 
 
-def check_amplitude(signal: np.ndarray) -> None:
-    """Refuse amplitudes that only a wrong unit or gain explains, and warn of leads that were scaled one by one.
+def check_amplitude(signal: np.ndarray) -> str:
+    """Refuse amplitudes that only a wrong unit or gain explains, and find leads that were scaled one by one.
 
-    Warns:
-        EcgFileWarning: six leads or more all have the same range from lowest to highest sample. In PTB-XL and CinC
-            2021 the widest lead is at least twice as wide as the narrowest; in LUDB all are forced to a range of 1.
+    Returns:
+        what to know where six leads or more all have the same range from lowest to highest sample, else nothing. In
+        PTB-XL and CinC 2021 the widest lead is at least twice as wide as the narrowest; in LUDB all are forced to a
+        range of 1.
 
     Raises:
         EcgFileError: see `MAX_MEDIAN_SWING_MV` and `MIN_LARGEST_SWING_MV`.
@@ -165,12 +167,12 @@ def check_amplitude(signal: np.ndarray) -> None:
     sample = signal[:, :: max(1, signal.shape[1] // 500)]
     sample = sample[np.isfinite(sample).any(axis=1)]
     if not sample.size:
-        return
+        return ""
     percentile = np.nanpercentile if np.isnan(sample).any() else np.percentile
     low, high = percentile(sample, [2, 98], axis=1)
     swings = (high - low)[high > low]
     if not swings.size:
-        return
+        return ""
     median, largest = float(np.median(swings)), float(swings.max())
     if median > MAX_MEDIAN_SWING_MV:
         raise EcgFileError(f"its leads swing by {median:.3g} mV, an ECG's by 0.1 to 5 mV; is the gain or unit right?")
@@ -180,9 +182,6 @@ def check_amplitude(signal: np.ndarray) -> None:
     if np.isnan(ranges).any():
         ranges = np.fmax.reduce(signal, axis=1) - np.fmin.reduce(signal, axis=1)
     ranges = ranges[ranges > 0]
-    if len(ranges) >= MIN_LEADS_SCALED_ALIKE and ranges.max() < MAX_RATIO_SCALED_ALIKE * ranges.min():
-        warnings.warn(
-            f"all its leads range over {ranges.max():.3g} mV: they were scaled one by one, and millivolts are lost",
-            EcgFileWarning,
-            stacklevel=3,
-        )
+    if len(ranges) < MIN_LEADS_SCALED_ALIKE or ranges.max() >= MAX_RATIO_SCALED_ALIKE * ranges.min():
+        return ""
+    return f"all its leads range over {ranges.max():.3g} mV: they were scaled one by one, and millivolts are lost"

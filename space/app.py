@@ -56,7 +56,7 @@ def example_records() -> dict[str, Path]:
 def analyse(many: MultiTask, path: Path, facts: FileFacts) -> Shown:
     """Everything the page shows of one file. A file that cannot be answered gives the reason as text."""
     line, prepared = predict_record(many, path, facts)
-    line["path"] = path.name  # where the upload lies on this machine is nobody's business
+    del line["path"]  # where the upload lies on this machine is nobody's business, and clients would fetch it
     if prepared is None or line["status"] != "ok":
         return f"**Not answered.** {escape(line['error'])}", None, "", None, None
     explanation = many.explain(prepared)

@@ -334,11 +334,20 @@ def test_a_flat_line_is_refused(extractor: EcgMoeFeatureExtractor, level_mv: flo
         extractor(np.full((2, 2500), level_mv), 250, ["I", "V1"])
 
 
-def test_a_lead_of_nothing_but_nan_is_refused_by_name(extractor: EcgMoeFeatureExtractor) -> None:
-    signal = ecg()
-    signal[10] = np.nan
-    with pytest.raises(ValueError, match="lead V5 holds no finite sample; leave it out"):
-        extractor(signal, 250, LEADS)
+def test_a_lead_of_nothing_but_nan_is_left_out_and_named_as_a_flat_one_is(extractor: EcgMoeFeatureExtractor) -> None:
+    broken, flat = ecg(), ecg()
+    broken[10], flat[10] = np.nan, 0.7
+    found, expected = (extractor(signal, 250, LEADS, return_tensors="np") for signal in (broken, flat))
+    assert found["quality"][0]["flat_leads"] == ["V5"]
+    assert not found["lead_mask"][0, 10]
+    np.testing.assert_array_equal(found["input_values"], expected["input_values"])
+    with pytest.raises(ValueError, match="lead I holds no finite sample; leave it out"):
+        extractor(np.full((12, 2500), np.nan), 250, LEADS)
+
+
+def test_samples_by_leads_is_refused_by_its_shape_and_not_as_too_short(extractor: EcgMoeFeatureExtractor) -> None:
+    with pytest.raises(ValueError, match=r"with 12 leads, found \(2500, 12\); transpose it"):
+        extractor(ecg().T, 250, LEADS)
 
 
 def test_unknown_lead_names_are_refused_with_the_known_ones(extractor: EcgMoeFeatureExtractor) -> None:

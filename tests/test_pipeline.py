@@ -216,6 +216,23 @@ def test_batches_change_nothing_whatever_lengths_and_leads_they_mix(adapted: Ecg
     assert_alike(adapted(mixed, batch_size=2), [adapted(record) for record in mixed])
 
 
+@pytest.mark.parametrize("with_adapters", [True, False])
+def test_weights_in_half_precision_answer_as_whole_ones_do(model: Path, with_adapters: bool) -> None:
+    adapters = model.parent / "adapters" if with_adapters else None
+    whole, half = (
+        pipeline("ecg-analysis", model=str(model), adapters=adapters, dtype=dtype)(row(SIGNALS["a"]))["tasks"]
+        for dtype in (torch.float32, torch.float16)
+    )
+    assert half["age"]["value"] == pytest.approx(whole["age"]["value"], abs=0.1)
+    for label, probability in whole["sex"]["probabilities"].items():
+        assert half["sex"]["probabilities"][label] == pytest.approx(probability, abs=0.01)
+
+
+def test_adapters_on_weights_in_bfloat16_are_refused_with_what_to_do(model: Path) -> None:
+    with pytest.raises(ValueError, match="its weights came in bfloat16, load them in float32 or float16"):
+        pipeline("ecg-analysis", model=str(model), adapters=model.parent / "adapters", dtype=torch.bfloat16)
+
+
 # What comes out
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from tiny_model import save_tiny_model
 from data_builders.synthetic import SyntheticEcg, synthetic_ecg, write_wfdb
 from modeling_ecgmoe.adapters import MultiTask
 from modeling_ecgmoe.answer_files import show_record
+from modeling_ecgmoe.cli import main
 from modeling_ecgmoe.commands import load_model
-from modeling_ecgmoe.ecg_files import Ecg
+from modeling_ecgmoe.ecg_files import Ecg, EcgFileError, EcgFileWarning, read_ecg
 from modeling_ecgmoe.leads import LEADS
 from modeling_ecgmoe.prediction import FileFacts, predict_record, predict_records
 
@@ -113,6 +115,18 @@ def test_what_passes_in_ten_seconds_is_found_in_its_window_though_the_mean_hides
     assert "windows" not in alone["tasks"]["arrhythmia"]
 
 
+def test_leads_that_were_scaled_one_by_one_are_said_so_in_their_line(many: MultiTask, tmp_path: Path) -> None:
+    signal = synthetic_ecg(sampling_rate=250).ecg.signal
+    alike = signal / np.ptp(signal, axis=1, keepdims=True)
+    path = save_npz(tmp_path / "alike.npz", Ecg(alike, 250.0, LEADS))
+    with pytest.warns(EcgFileWarning, match=r"alike\.npz: all its leads range over 1 mV"):
+        line, _ = predict_record(many, path)
+    assert line["quality"]["warnings"][0].startswith("all its leads range over 1 mV: they were scaled one by one")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert main(["predict", str(path), "--model", many.name, "--out", str(tmp_path / "o.jsonl")]) == 0
+
+
 def test_windows_that_are_refused_are_counted(many: MultiTask, tmp_path: Path) -> None:
     signal = synthetic_ecg(sampling_rate=250, duration_s=30).ecg.signal.copy()
     signal[:, 2500:5000] = 0.0
@@ -135,6 +149,24 @@ def test_all_that_a_file_does_not_say_is_asked_for_at_once(many: MultiTask, tmp_
     line, _ = predict_record(many, tmp_path / "bare.npy", FileFacts(leads=LEADS))
     assert all(option in line["error"] for option in asked[:2])
     assert "--leads" not in line["error"]
+
+
+@pytest.mark.parametrize(("step", "rate"), [(0.002, 500), (2, 500), (1, 250), (4, 250)])
+def test_a_column_of_times_without_unit_must_not_contradict_the_rate(tmp_path: Path, step: float, rate: int) -> None:
+    path = tmp_path / "ecg.csv"
+    path.write_text("time,I [mV]\n" + "".join(f"{i * step:g},{np.sin(i):.3f}\n" for i in range(1000)))
+    assert read_ecg(path, sampling_rate=rate).sampling_rate == rate
+    if step != 1:  # 0, 1, 2... count samples
+        with pytest.raises(
+            EcgFileError, match=f"rises by {step:g} a sample, and passed was 300 Hz; pass the right rate"
+        ):
+            read_ecg(path, sampling_rate=300)
+
+
+def test_an_array_of_samples_by_leads_is_asked_for_the_names_of_its_leads(tmp_path: Path) -> None:
+    np.save(tmp_path / "ecg.npy", np.zeros((5000, 12), np.float32))
+    with pytest.raises(EcgFileError, match=r"\(--leads\), 12 in file order"):
+        read_ecg(tmp_path / "ecg.npy")
 
 
 @pytest.mark.parametrize("option", ["--sampling_rate", "--unit", "--leads"])

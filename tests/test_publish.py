@@ -19,10 +19,12 @@ from tiny_model import save_tiny_model
 from benchmarks import cards as hub_cards
 from data_builders import find_builder
 from data_builders.ptb_xl import FACTS
+from modeling_ecgmoe.adapter_card import AdapterCard
 from modeling_ecgmoe.cards import calibration_results, fill_card, model_header, results_table
 from modeling_ecgmoe.leaks import find_leaks
 from modeling_ecgmoe.publish import adapter_upload, model_upload, space_upload
 from modeling_ecgmoe.publish_dataset import dataset_upload
+from modeling_ecgmoe.tasks import Task
 from modeling_ecgmoe.upload import PublishError, Upload
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -173,9 +175,16 @@ def test_filling_a_page_twice_changes_nothing() -> None:
     assert fill_card(once, header, "tiny", [], table) == once
 
 
-def test_an_adapter_without_results_shows_what_its_calibration_measured() -> None:
-    from modeling_ecgmoe.adapter_card import AdapterCard
+def test_every_metric_of_an_adapter_has_its_own_interval() -> None:
+    task = Task("axis", "multi_class", "axis", "axis", labels=("a", "b", "c"))
+    own = {"validation_accuracy": 0.8, "accuracy_low": 0.6, "accuracy_high": 0.9}
+    card = AdapterCard(task, "abc", metrics={"validation_macro_auroc": 0.9, "low": 0.7, "high": 1.0} | own)
+    auroc, accuracy = calibration_results(card, {})
+    assert "95% interval 0.7 to 1," in auroc.metric_name
+    assert "95% interval 0.6 to 0.9," in accuracy.metric_name
 
+
+def test_an_adapter_without_results_shows_what_its_calibration_measured() -> None:
     card = AdapterCard.load(ROOT / "hub" / "adapters" / "age")
     (result,) = calibration_results(card, {"dataset": "ptb_xl", "config_name": "100hz"})
     measured = card.metrics

@@ -120,6 +120,14 @@ def test_blank_rows_at_the_end_are_no_rows(tmp_path: Path) -> None:
     assert [row["ef"] for row in read_table(tmp_path / "labels.csv", {})] == ["55", "", "60"]
 
 
+def test_a_table_of_a_spreadsheet_may_have_columns_without_names_and_blanks_around_them(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("path; ef ;;\nr0.npz;55;;\n")
+    assert read_table(tmp_path / "labels.csv", {"label_column": "ef"}) == [{"path": "r0.npz", "ef": "55"}]
+    (tmp_path / "empty.csv").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"empty\.csv has no rows; mend the table"):
+        read_table(tmp_path / "empty.csv", {})
+
+
 def test_two_spellings_of_a_split_are_one(files: Path, tmp_path: Path) -> None:
     rows = load_split(data_of(files, tmp_path, [row(0), row(0, split="Training")]), "train")
     assert len(rows) == 1

@@ -200,7 +200,7 @@ def test_the_pipeline_warns_of_what_may_be_no_ecg(adapters: Path | None) -> None
     of_heart, of_noise = analyse([hearts(1)[0], noise], sampling_rate=100, lead_names=LEADS)
     assert of_heart["quality"]["typicality"] > of_noise["quality"]["typicality"]
     assert not any("no ECG" in warning for warning in of_heart["quality"]["warnings"])
-    assert any("this may be no ECG" in warning for warning in of_noise["quality"]["warnings"])
+    assert any("a rare rhythm, noise or no ECG" in warning for warning in of_noise["quality"]["warnings"])
 
 
 def test_a_pipeline_of_changed_weights_says_nothing_of_what_is_typical(caplog: pytest.LogCaptureFixture) -> None:
@@ -215,8 +215,9 @@ def test_a_pipeline_of_changed_weights_says_nothing_of_what_is_typical(caplog: p
 @pytest.mark.parametrize(
     ("changes", "warning"),
     [
-        ({"typicality": 0.3}, "less typical than 99.7 % of the recordings that the model was checked on"),
-        ({"typicality": None, "arm_electrodes_swapped": 0.9}, "the electrodes of the arms seem to be swapped"),
+        ({"typicality": 0.3}, "less typical than 99.7 % of the recordings that the model was checked on: a rare"),
+        ({"typicality": 0.0, "arm_electrodes_swapped": 0.99}, "less typical than all the recordings"),
+        ({"typicality": None, "arm_electrodes_swapped": 0.95}, "the electrodes of the arms seem to be swapped"),
         ({"beats": 1}, "fewer than two beats were found"),
         ({"clipped": 0.12}, "12% of the samples are beyond what the model sees"),
         ({"missing": 0.5}, "50% of the samples are missing"),

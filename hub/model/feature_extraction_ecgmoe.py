@@ -107,8 +107,8 @@ class EcgMoeFeatureExtractor(FeatureExtractionMixin):
             - **rr_intervals_s** float32 (B, N), seconds since the beat before, 0 where unknown.
             - **period_s** float32 (B,), the mean RR interval, by autocorrelation where no two beats were found, 0
               where nothing repeats.
-            - **quality**, a list of dicts: `leads` read, `flat_leads`, `beats`, `period_from` (r_peaks,
-              autocorrelation or none), `clipped` and `missing` shares of the samples.
+            - **quality**, a list of dicts: `leads` read, `flat_leads` of one value or none, `beats`, `period_from`
+              (r_peaks, autocorrelation or none), `clipped` and `missing` shares of the samples.
 
         Raises:
             ValueError: rate, names or shape are missing or contradict each other; the recording is too short, flat or
@@ -130,9 +130,14 @@ class EcgMoeFeatureExtractor(FeatureExtractionMixin):
 
     def extract(self, signal: np.ndarray, sampling_rate: float, lead_names: Sequence[str]) -> dict[str, Any]:
         """One recording, before padding: the entries of `__call__` without their batch axis."""
-        duration_s = self.check(signal, sampling_rate)
+        duration_s = self.check(signal, sampling_rate, len(lead_names))
         if duration_s > self.window_s:
             signal = signal[:, : round(self.window_s * sampling_rate)]
+        empty = [_is_empty(row) for row in signal] if len(signal) == len(lead_names) else []
+        dead = {find_lead(name) for name, nothing in zip(lead_names, empty, strict=False) if nothing}
+        if any(empty) and not all(empty):  # a lead that broke off is as one that was not connected
+            kept = [i for i, nothing in enumerate(empty) if not nothing]
+            signal, lead_names = signal[kept], [lead_names[i] for i in kept]
         arranged, used = arrange_leads(signal, lead_names)
         flat = [lead for lead in used if _is_flat(arranged[LEADS.index(lead)])]
         if len(flat) == len(used):
@@ -166,7 +171,7 @@ class EcgMoeFeatureExtractor(FeatureExtractionMixin):
             "period_s": np.float32(period_s),
             "quality": {
                 "leads": used,
-                "flat_leads": flat,
+                "flat_leads": [lead for lead in LEADS if lead in {*flat, *dead}],
                 "beats": len(peaks_s),
                 "period_from": source,
                 "clipped": round(float(clipped.mean()), 4),
@@ -174,8 +179,8 @@ class EcgMoeFeatureExtractor(FeatureExtractionMixin):
             },
         }
 
-    def check(self, signal: np.ndarray, sampling_rate: float) -> float:
-        """Refuse what cannot be an ECG; returns the duration in seconds."""
+    def check(self, signal: np.ndarray, sampling_rate: float, num_leads: int) -> float:
+        """Refuse what cannot be an ECG of so many leads; returns the duration in seconds."""
         if not (MIN_SAMPLING_RATE <= sampling_rate <= MAX_SAMPLING_RATE):
             raise ValueError(
                 f"a sampling rate of {sampling_rate:g} Hz is not plausible for an ECG; expected "
@@ -184,6 +189,10 @@ class EcgMoeFeatureExtractor(FeatureExtractionMixin):
         if signal.ndim != 2:
             raise ValueError(
                 f"`signal` must have shape (leads, samples), found {signal.shape}; one lead is (1, samples)"
+            )
+        if signal.shape[0] != num_leads == signal.shape[1]:
+            raise ValueError(
+                f"`signal` must have shape (leads, samples) with {num_leads} leads, found {signal.shape}; transpose it"
             )
         duration_s = signal.shape[1] / sampling_rate
         if duration_s < self.min_duration_s:
@@ -214,7 +223,7 @@ class EcgMoeFeatureExtractor(FeatureExtractionMixin):
         Raises:
             ValueError: as `__call__`, where no window can be used.
         """
-        self.check(signal, sampling_rate)
+        self.check(signal, sampling_rate, len(lead_names))
         windows, refused = [], []
         beats, counted_to_s = 0, 0.0
         length = round(self.window_s * sampling_rate)
@@ -285,6 +294,11 @@ class EcgMoeFeatureExtractor(FeatureExtractionMixin):
         features = BatchFeature(batch, tensor_type=return_tensors)
         features["quality"] = [record["quality"] for record in records]
         return features
+
+
+def _is_empty(row: np.ndarray) -> bool:
+    """Whether a lead has no sample at all."""
+    return not (np.isfinite(row[0]) or np.isfinite(row).any())
 
 
 def _is_flat(row: np.ndarray) -> bool:
