@@ -84,9 +84,7 @@ def write_bad_records(folder: Path) -> None:
     write("missing_file").with_suffix(".dat").unlink()
     write("outside").with_suffix(".dat").rename(folder.parent / "outside.dat")
     (folder / "outside.hea").write_text((folder / "outside.hea").read_text().replace("outside.dat", "../outside.dat"))
-    lost_lead = good.signal.copy()
-    lost_lead[LEADS.index("V3")] = np.nan
-    write("nan_lead", changed(lost_lead))
+    write("nan_leads", changed(np.full_like(good.signal, np.nan)))
     write("flat", changed(np.zeros_like(good.signal)))
     write("no_samples", change=lambda text: text.replace(" 250 2500\n", " 250 0\n")).with_suffix(".dat").write_bytes(
         b""
@@ -102,7 +100,7 @@ BAD_RECORDS = {
     "truncated": "again",
     "missing_file": "missing_file.dat",
     "outside": "outside",
-    "nan_lead": "leave it out",
+    "nan_leads": "leave it out",
     "flat": "flat",
     "no_samples": "no samples",
     "half_second": "shorter than the 2 s",
