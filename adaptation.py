@@ -224,11 +224,27 @@ def check_labels(task: Task, data: DataArguments, records: dict[str, Records]) -
                 f"task {task.name}: the {split} split has {found} in its {len(targets)} recordings, so nothing can be "
                 "learned or evaluated there; add recordings, or name other splits (--split_column)"
             )
+        logger.info("task %s, %s: %s", task.name, split, spread_of(task, targets[known]))
         if not known.all():
             logger.info(
                 "task %s, %s: %d of %d recordings have no label and do not count",
                 task.name, split, int((~known).sum()), len(known),
             )  # fmt: skip
+
+
+def spread_of(task: Task, targets: np.ndarray) -> str:
+    """What there is to learn from, in words: of labels how many recordings have each, so that slips are seen early.
+
+    Args:
+        targets: (records, outputs), none unknown.
+    """
+    if task.kind == "regression":
+        low, middle, high = np.percentile(targets[:, 0], [0, 50, 100])
+        return f"{low:g} to {high:g} {task.unit}".rstrip() + f", half of them below {middle:g}"
+    counts = targets.sum(axis=0)
+    if task.kind == "binary":
+        counts = np.array([len(targets) - counts[0], counts[0]])
+    return ", ".join(f"{label} {round(float(count))}" for label, count in zip(task.labels, counts, strict=True))
 
 
 def describe_data(task: Task, data: DataArguments, records: dict[str, Records]) -> str:

@@ -6,13 +6,16 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
 from tiny_model import save_tiny_model
 
+from adaptation import spread_of
 from checkpoints import write_log
+from modeling_ecgmoe.tasks import Task
 from records import crop
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +32,24 @@ def test_two_processes_adapt_to_fewer_records_than_both_batches(mini_ptb_xl: Pat
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "adapted/age/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("task", "values", "words"),
+    [
+        (Task("height", "regression", "height", "height", unit="cm"), [1.72, 181.0, 160.0], "1.72 to 181 cm, half"),
+        (Task("old", "binary", "old", "old", labels=("no", "yes")), ["no", "yes", "no"], "no 2, yes 1"),
+        (
+            Task("axis", "multi_class", "axis", "axis", labels=("MID", "Mid", "LAD")),
+            ["MID", "LAD", "LAD"],
+            "MID 1, Mid 0",
+        ),
+        (Task("both", "multi_label", "both", "both", labels=("a", "b")), [["a", "b"], ["b"], []], "a 1, b 2"),
+    ],
+    ids=lambda value: value.kind if isinstance(value, Task) else "",
+)
+def test_the_labels_are_counted_before_training(task: Task, values: list[Any], words: str) -> None:
+    assert words in spread_of(task, task.targets(values))
 
 
 def test_what_is_not_finite_is_null_in_the_log(tmp_path: Path) -> None:
