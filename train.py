@@ -7,7 +7,7 @@
 
 A JSON file may hold arguments; those after it count: `train.py pretrain benchmarks/configs/pretrain.json --seed 1`.
 The resolved arguments are saved beside the weights. What cannot be run as asked is refused in one line on stderr, with
-status 2; `-q` keeps Accelerate from adding a traceback of its own.
+status 2, which `accelerate launch` turns into 1; its `-q` keeps it from adding a traceback of its own.
 """
 
 import dataclasses

@@ -205,9 +205,11 @@ class Entry(NamedTuple):
 
 
 def _record_of(path: Path) -> str:
-    """One name for a file, however a table spells it: of a WFDB record, header and signal are one."""
-    normal = os.path.normpath(path)
-    return normal.removesuffix(".hea").removesuffix(".dat")
+    """One name for a file, however a table spells it: of a WFDB record, header and signals are one."""
+    normal = Path(os.path.normpath(path))
+    suffix = normal.suffix.lower()
+    has_header = any(normal.with_suffix(ending).is_file() for ending in (".hea", ".HEA")) if suffix == ".mat" else True
+    return str(normal.with_suffix("") if suffix in (".hea", ".dat", ".mat") and has_header else normal)
 
 
 def _merged(rows: dict[int, dict[str, str]], path: str) -> tuple[dict[str, str], list[dict[str, str]]]:
@@ -278,6 +280,8 @@ def _state_of(table: Path, rows: list[dict[str, str]], folder: Path, path_column
             digest.update(code.read_bytes())
     digest.update(Path(__file__).read_bytes())
     for row in rows:
+        if not row[path_column].strip():
+            continue
         path = folder / row[path_column].strip()
         for file in (path, *(path.with_suffix(suffix) for suffix in (".hea", ".dat", ".mat"))):  # a WFDB record
             if file.is_file():

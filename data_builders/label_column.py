@@ -152,7 +152,10 @@ def _infer_kind(column: str, known: list[str], cells: Mapping[str, str]) -> str:
     numbers = [number for text in different if (number := _number(text)) is not None]
     if len(different) < 2:
         raise ValueError(_nothing_to_learn(column, known))
-    odd = _not_numbers(cells)
+    # Codes are numbers too, and several of them in a cell are several labels. They come back, where values seldom do.
+    few = len(numbers) <= min(MAX_CLASSES, len(cells) / 2) or any(not text.strip("; ") for text in cells.values())
+    may_be_codes = few and all(number.is_integer() for number in numbers)
+    odd = _not_numbers({p: t for p, t in cells.items() if not (may_be_codes and _are_numbers(t.split(";")))})
     # One number and one word are two classes; several numbers and, less often, something else are a slip of the pen.
     if odd and len(numbers) > 1 and 2 * len(odd) < len(cells):
         raise ValueError(
@@ -194,6 +197,11 @@ def _scale(column: str, known: list[str], cells: Mapping[str, str]) -> dict[str,
     if len(set(values)) < 2:
         raise ValueError(_nothing_to_learn(column, known))
     return {"center": float(f"{values.mean():.6g}"), "spread": float(f"{values.std():.6g}")}
+
+
+def _are_numbers(parts: Sequence[str]) -> bool:
+    """Whether these are several labels or none, each a number."""
+    return len(parts) > 1 and all(_number(part) is not None for part in parts if part.strip())
 
 
 def _not_numbers(cells: Mapping[str, str]) -> list[str]:

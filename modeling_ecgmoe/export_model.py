@@ -160,6 +160,10 @@ def write_onnx(program: torch.export.ExportedProgram, tasks: Sequence[str], path
         for dim in value.type.tensor_type.shape.dim:
             if dim.dim_param in names:
                 dim.dim_param = names[dim.dim_param]
+    # Where each line of the network lies on this machine is nobody's business.
+    for traced in (model.graph, *model.functions):
+        for node in traced.node:
+            del node.metadata_props[:]
     onnx.save(model, path)
 
 

@@ -135,7 +135,8 @@ class EcgMoeFeatureExtractor(FeatureExtractionMixin):
             signal = signal[:, : round(self.window_s * sampling_rate)]
         empty = [_is_empty(row) for row in signal] if len(signal) == len(lead_names) else []
         dead = {find_lead(name) for name, nothing in zip(lead_names, empty, strict=False) if nothing}
-        if any(empty) and not all(empty):  # a lead that broke off is as one that was not connected
+        others = {find_lead(name) for name, nothing in zip(lead_names, empty, strict=False) if not nothing}
+        if any(empty) and any(others):  # a lead that broke off is as one that was not connected
             kept = [i for i, nothing in enumerate(empty) if not nothing]
             signal, lead_names = signal[kept], [lead_names[i] for i in kept]
         arranged, used = arrange_leads(signal, lead_names)
@@ -316,7 +317,7 @@ def _check_spread(values_mv: np.ndarray) -> None:
         found, unit = (f"at most {largest:.2g}", "V") if is_small else (f"{median:.3g}", "uV")
         raise ValueError(
             f"the leads' standard deviation is {found} mV, an ECG's is 0.05 to 0.8 mV; is the signal in {unit}? "
-            "Pass it in mV"
+            "Pass it in mV, without what is no ECG"
         )
 
 

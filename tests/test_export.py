@@ -179,6 +179,10 @@ def test_missing_packages_are_named_with_the_extra_that_brings_them(
         export_model.export_model(many, tmp_path / "out")
 
 
+def test_the_graph_does_not_say_where_the_sources_lie(exported: Path) -> None:
+    assert str(ROOT).encode() not in (exported / "model.onnx").read_bytes()
+
+
 def test_a_folder_with_files_is_not_written_into(
     exported: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

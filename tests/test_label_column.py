@@ -145,6 +145,15 @@ def test_a_file_with_two_labels_is_refused_for_the_task_of_these_labels_alone() 
     assert find_labels(own_rows("grade", ["mild"], conflicts=conflicts), GRADE) == ["mild"]
 
 
+@pytest.mark.parametrize(
+    "cells", [["426783006", "164889003"] * 3 + ["426783006;164889003"], ["1", "2", "3", "1;2", ";"]]
+)
+def test_codes_are_labels_and_several_of_them_in_a_cell_are_several(cells: list[str]) -> None:
+    task = infer_task("findings", "findings", cells)
+    assert task.kind == "multi_label"
+    assert task.labels == tuple(sorted({label for cell in cells for label in cell.split(";") if label}, key=int))
+
+
 @pytest.mark.parametrize("kind", [None, "regression"])
 @pytest.mark.parametrize("slip", ["low", "55;60", "5O"])
 def test_a_few_slips_among_numbers_are_named_with_their_rows(kind: str | None, slip: str) -> None:

@@ -162,6 +162,16 @@ def test_an_adapter_whose_head_is_nought_answers_as_peft_does_without_its_fusion
     assert list(many.fused()) == (others or ["sex"])
 
 
+def test_adapters_follow_the_model_to_its_device(hub: Path) -> None:
+    """Of the devices that are everywhere, `meta` alone refuses to meet the processor's tensors."""
+    many = MultiTask.from_pretrained(hub / "model", [])
+    many.fusion.to("meta")
+    many.load(hub / "adapters" / "age")
+    stacked = many.stacked()
+    assert {buffer.device.type for buffer in stacked.buffers()} == {"meta"}
+    assert many._weights["age"].head[0].device.type == "meta"
+
+
 def adapted_with(**options: Any) -> PeftModel:
     """A tiny model with an adapter of the sex task that changes its answers."""
     config = LoraConfig(**({"target_modules": LORA_SCOPES["fusion"], "modules_to_save": ["head_sex"]} | options))

@@ -15,8 +15,8 @@ from tiny_model import save_tiny_model
 
 import train
 from checkpoints import save_arguments
-from data_builders.csv_table import read_table
-from data_builders.synthetic import synthetic_ecg
+from data_builders.csv_table import _record_of, read_table
+from data_builders.synthetic import synthetic_ecg, write_wfdb
 from modeling_ecgmoe.adapter_card import AdapterCard
 from modeling_ecgmoe.cli import main
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
@@ -82,6 +82,25 @@ def test_a_file_in_two_rows_is_one_recording_and_said_so(
     assert found["record_id"][:] == ["r0", "r1", "r2"]
     assert Records(found, EcgMoeFeatureExtractor(), [EF]).labels["ef"].tolist() == [[50.0], [61.0], [40.0]]
     assert "labels.csv, train: 1 of 3 files are in several rows and used once:\n  rows 2, 4 (r1.npz)" in caplog.text
+
+
+def test_a_header_and_its_signals_in_mat_are_one_recording(tmp_path: Path) -> None:
+    header = write_wfdb(synthetic_ecg(sampling_rate=250).ecg, tmp_path, "m1")
+    signals = header.with_suffix(".dat").rename(tmp_path / "m1.mat")
+    header.write_text(header.read_text().replace("m1.dat", "m1.mat"))
+    assert _record_of(header) == _record_of(signals) == _record_of(tmp_path / "m1")
+    assert _record_of(tmp_path / "other.mat") != _record_of(tmp_path / "other")
+
+
+def test_a_row_without_a_file_is_named_where_the_table_lies_in_the_working_folder(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("r1.npz").symlink_to(files / "r1.npz")
+    Path("labels.csv").write_text("path,ef,split\n,55,train\nr1.npz,60,train\n")
+    options = DataArguments(csv="labels.csv", split_column="split", cache_dir=str(tmp_path / "cache"), num_proc=1)
+    assert load_split(options, "train")["record_id"][:] == ["r1"]
+    assert "row 1 names no file" in caplog.text
 
 
 def test_rows_of_one_file_that_know_different_columns_are_joined(files: Path, tmp_path: Path) -> None:

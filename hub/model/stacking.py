@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +41,6 @@ class AdapterWeights:
         lora: layer of the fusion to its matrices A (r, inputs) and B (outputs, r), B times alpha / r.
         head: weight (outputs, record_size) and bias (outputs,).
         size: how many numbers the adapter's file holds, and `hash`, a short hash of that file.
-
-    Attributes:
         reads_embedding: whether the head looks at the fusion's embedding at all.
     """
 
@@ -50,10 +48,7 @@ class AdapterWeights:
     head: tuple[Tensor, Tensor]
     size: int
     hash: str
-    reads_embedding: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.reads_embedding = bool(self.head[0].any())
+    reads_embedding: bool
 
     @classmethod
     def load(cls, folder: Path, task: Task, fusion: Fusion) -> "AdapterWeights":
@@ -121,8 +116,10 @@ class AdapterWeights:
                     f"the adapter {folder} has matrices of {shapes} for {name}, expected A of (rank, "
                     f"{layer.in_features}) and B of ({layer.out_features}, rank); load the model it was made for"
                 )
-        pairs = {name: (matrices["A"], matrices["B"]) for name, matrices in lora.items()}
-        return cls(pairs, (head[0], head[1]), size, hashlib.sha256(content).hexdigest()[:16])
+        device = next(fusion.parameters()).device
+        pairs = {name: (matrices["A"].to(device), matrices["B"].to(device)) for name, matrices in lora.items()}
+        own = head[0].to(device), head[1].to(device)
+        return cls(pairs, own, size, hashlib.sha256(content).hexdigest()[:16], bool(head[0].any()))
 
     def weight_of(self, name: str, base: Tensor) -> Tensor:
         """The weight of a layer with the adapter merged in."""
