@@ -203,6 +203,19 @@ def test_the_pipeline_warns_of_what_may_be_no_ecg(adapters: Path | None) -> None
     assert any("a rare rhythm, noise or no ECG" in warning for warning in of_noise["quality"]["warnings"])
 
 
+@pytest.mark.skipif(not (HUB / TYPICALITY_FILE).is_file(), reason=f"hub/model holds no {TYPICALITY_FILE}")
+def test_a_lead_lost_for_a_while_leaves_what_is_known_of_the_rest() -> None:
+    many = MultiTask.from_pretrained(HUB, [])
+    signal = hearts(1)[0]
+    alone, broken = many.prepare(signal, 100.0, LEADS), signal.copy()
+    broken[6] = 0.0
+    both = many.prepare(np.concatenate([signal, broken], axis=1), 100.0, LEADS)
+    lost = many.prepare(broken, 100.0, LEADS)
+    many.answer([alone, both, lost])
+    assert both.quality["typicality"] == pytest.approx(alone.quality["typicality"], abs=0.5)
+    assert lost.quality["typicality"] is None
+
+
 def test_a_pipeline_of_changed_weights_says_nothing_of_what_is_typical(caplog: pytest.LogCaptureFixture) -> None:
     changed = EcgMoeForTasks.from_pretrained(HUB)
     torch.nn.init.zeros_(changed.ecgmoe.fusion.norm.bias)

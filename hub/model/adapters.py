@@ -243,8 +243,8 @@ class MultiTask:
         which of them its labels were found. Where a task starts from the RR intervals, windows without any count only
         if no other has some.
 
-        Where the model knows what is typical, the `quality` of each recording then says how typical it is, None where
-        leads are missing.
+        Where the model knows what is typical, the `quality` of each recording then says how typical its windows of all
+        twelve leads are, None where it has none.
         """
         windows = [window for record in prepared for window in record.windows]
         parts = [self.logits(windows[i : i + batch_size]) for i in range(0, len(windows), batch_size)]
@@ -256,8 +256,9 @@ class MultiTask:
             num_leads = int(min(window["lead_mask"].sum() for window in record.windows))
             if self.typicality is not None and features is not None:
                 # It knows what is typical of twelve leads: of fewer, everything is untypical.
-                whole = num_leads == len(self.config.leads)
-                record.quality |= self.typicality.report(features[start:end]) if whole else UNKNOWN_TYPICALITY
+                whole = np.array([window["lead_mask"].all() for window in record.windows])
+                seen = features[start:end][whole]
+                record.quality |= self.typicality.report(seen) if len(seen) else UNKNOWN_TYPICALITY
             has_rr = np.array([(window["rr_intervals_s"] > 0).any() for window in record.windows])
             every = np.ones_like(has_rr)
             measured = has_rr if has_rr.any() else every
