@@ -161,7 +161,10 @@ class Records(Dataset):
 
 
 def mean_of_windows(values: Tensor, record_of: Tensor) -> Tensor:
-    """What windows (w, outputs) say of their records, (records, outputs): the mean, as prediction takes it."""
+    """What windows (w, outputs) say of their records, (records, outputs): the mean over all of them.
+
+    Prediction takes it too, but leaves windows without beats out for tasks that start from RR intervals.
+    """
     sums = values.new_zeros(int(record_of.max()) + 1, values.shape[1]).index_add_(0, record_of, values)
     return sums / torch.bincount(record_of)[:, None]
 

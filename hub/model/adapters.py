@@ -296,7 +296,7 @@ class MultiTask:
         return reading or self._weights
 
     def stacked(self) -> StackedFusion:
-        """Their fusion."""
+        """The fusion of the adapters that have to look at the recording."""
         if self._stacked is None:
             self._stacked = StackedFusion(self.fusion, list(self.fused().values()))
         return self._stacked
