@@ -23,7 +23,7 @@ from checkpoints import save_arguments, write_log
 from data_builders.csv_table import place_of, read_table
 from data_builders.label_column import find_kind, infer_task
 from evaluation import find_model, point_metric, predict_logits
-from head_start import start_linearly
+from linear_heads import embed, head_targets, settle, start_linearly, with_tasks_of_parts
 from modeling_ecgmoe.adapter_card import AdapterCard, calibrate, calibrate_intervals
 from modeling_ecgmoe.adapters import fingerprint
 from modeling_ecgmoe.beats import mean_rr_error_ms
@@ -126,7 +126,7 @@ def adapt(data: DataArguments, arguments: AdaptArguments) -> dict[str, MetricRes
         rows = {split: load_split(data, split) for split in ("train", "validation")}
         tell_unreadable(data, "test")
         tasks = [task or task_of_column(name, data, arguments, rows["train"]) for name, task in known.items()]
-        records = {s: Records(rows[s], extractor, tasks, data.num_proc) for s in rows}
+        records = {s: Records(rows[s], extractor, with_tasks_of_parts(tasks), data.num_proc) for s in rows}
         seen = {typical_leads(records["validation"]): records["validation"]}
         for count, leads in FEWER_LEADS.items() if any(t.kind == "regression" for t in tasks) else ():
             having = with_leads(rows["validation"], leads) if count < min(seen) else None
@@ -144,6 +144,9 @@ def adapt(data: DataArguments, arguments: AdaptArguments) -> dict[str, MetricRes
     for task in tasks:
         fresh = EcgMoeForTasks.from_pretrained(source, dtype=torch.float32)
         is_new = task.name not in fresh.tasks or not fresh.tasks[task.name].reads_like(task)
+        if is_new and task.parts:  # their outputs have nothing to start from
+            task = task.without_parts()
+            is_new = task.name not in fresh.tasks or not fresh.tasks[task.name].reads_like(task)
         if is_new:
             fresh.add_task(task)
         if is_new or task.prior:
@@ -293,7 +296,9 @@ def fit_adapter(
     accelerator: Accelerator,
 ) -> None:
     """Train LoRA and head of one task in place, and keep the epoch of the best metric on validation, of equals that of
-    the lowest loss; none may be the best. The backbone stays as it is, its batch statistics too."""
+    the lowest loss; none may be the best. Then the head settles. The backbone stays as it is, with its batch
+    statistics.
+    """
     # A last batch is left out only where whole ones remain for every process.
     drop_last = len(train) >= arguments.batch_size * accelerator.num_processes
     loader = DataLoader(train, arguments.batch_size, shuffle=True, drop_last=drop_last, collate_fn=as_is)
@@ -340,6 +345,10 @@ def fit_adapter(
             p.copy_(best[1][name])
     logger.info("%s: %s on validation by epoch %s", task.name, task.metric, [round(value, 4) for value in course])
     accelerator.free_memory()
+    adapted: EcgMoeForTasks = model.base_model.model
+    head = adapted.get_submodule(f"heads.head_{task.name}.modules_to_save.{task.name}")
+    embedding = embed(adapted, train, torch.arange(int(train.record_of.max()) + 1))
+    settle(adapted, head, task, embedding, head_targets(task, train.labels), validation)
 
 
 def prior_errors_of(records: Records) -> np.ndarray:

@@ -40,7 +40,7 @@ from arguments import (
 )
 from checkpoints import resume_checkpoint, save_arguments, save_checkpoint, write_log
 from evaluation import EvaluateArguments, evaluate, evaluate_quickly, find_model
-from head_start import start_at_base_rates
+from linear_heads import settle_all, start_at_base_rates
 from modeling_ecgmoe.configuration_ecgmoe import EcgMoeConfig
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeEncoderOutput, EcgMoeForTasks
@@ -158,11 +158,17 @@ def fit_on_splits(
             model.add_task(words)
             tasks.append(words)
         train = Records(rows, extractor, tasks, data.num_proc)
+        truth = dict(train.labels)
         if arguments.soft_labels:
             soften(train, tasks, arguments.soft_labels, arguments.soft_share)
     if arguments.model is None:
         start_at_base_rates(model, train.labels)
-    return fit(model, extractor, train, validation, data, arguments, accelerator)
+
+    def finish(trained: EcgMoeForTasks) -> None:
+        settle_all(trained, truth, train, validation)
+
+    own = finish if isinstance(model, EcgMoeForTasks) else None
+    return fit(model, extractor, train, validation, data, arguments, accelerator, own)
 
 
 def reweighted(tasks: dict[str, Task], weights: dict[str, float]) -> dict[str, Task]:
@@ -188,8 +194,12 @@ def fit(
     data: DataArguments,
     arguments: TrainingArguments,
     accelerator: Accelerator,
+    finish: Callable[[Any], None] | None = None,
 ) -> dict[str, float]:
     """The training loop, for any model that takes the extractor's features and `labels` and gives `loss`, `logits`.
+
+    Args:
+        finish: what is done to the trained model before it is saved.
 
     Raises:
         ValueError: the training split does not fill one batch.
@@ -257,6 +267,10 @@ def fit(
         trained: Any = averaged.module
         if REPORT_WORDS in trained.tasks:
             trained.remove_task(REPORT_WORDS)
+        if finish:
+            finish(trained.eval())
+            metrics = evaluate_quickly(trained, validation, accelerator)
+            write_log(accelerator, output_dir, {"step": step, "finished": True} | metrics)
         save_model(trained, extractor, output_dir / "model")
         save_arguments(output_dir / "model", data, arguments, processes=accelerator.num_processes)
     return metrics

@@ -37,7 +37,7 @@ from adaptation import AdaptArguments, fit_adapter
 from benchmarks.few_labels import part_of, short
 from benchmarks.quality import origin
 from evaluation import predict_logits
-from head_start import start_at_base_rates
+from linear_heads import start_at_base_rates
 from modeling_ecgmoe.configuration_ecgmoe import EcgMoeConfig
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.lora import lora_model

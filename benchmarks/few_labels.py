@@ -36,7 +36,7 @@ from adaptation import AdaptArguments, fit_adapter
 from benchmarks.plain_cnn import PlainCnn
 from benchmarks.quality import origin
 from evaluation import point_metric, predict_logits
-from head_start import fit_linear_head, start_at_base_rates, start_linearly
+from linear_heads import fit_linear_head, start_at_base_rates, start_linearly
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.lora import lora_model
 from modeling_ecgmoe.metrics import bootstrap_difference, bootstrap_interval, find_metric

@@ -22,10 +22,10 @@ PACKAGES = ("modeling_ecgmoe", "data_builders")
 # What stands outside the packages and may be imported by whom. The packages themselves are open to everyone.
 OUTSIDE = {
     "arguments": {"records", "evaluation", "adaptation", "train", "benchmarks", "tests"},
-    "records": {"soft_labels", "evaluation", "head_start", "adaptation", "train", "benchmarks", "tests"},
-    "evaluation": {"adaptation", "train", "benchmarks", "tests"},
+    "records": {"soft_labels", "evaluation", "linear_heads", "adaptation", "train", "benchmarks", "tests"},
+    "evaluation": {"linear_heads", "adaptation", "train", "benchmarks", "tests"},
     "checkpoints": {"adaptation", "train", "tests"},
-    "head_start": {"adaptation", "train", "benchmarks", "tests"},
+    "linear_heads": {"adaptation", "train", "benchmarks", "tests"},
     "report_words": {"train", "tests"},
     "soft_labels": {"train", "tests"},
     "adaptation": {"train", "benchmarks", "tests"},

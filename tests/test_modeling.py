@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelF
 
 from data_builders.synthetic import synthetic_ecg
 from modeling_ecgmoe.configuration_ecgmoe import FAMILIES, PATHS, EcgMoeConfig
-from modeling_ecgmoe.encoder import CORRECTION_SHARE, add_prior
+from modeling_ecgmoe.encoder import CORRECTION_SHARE, read_head
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.leads import LEADS
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeForTasks, EcgMoeModel, task_loss
@@ -375,10 +375,10 @@ def test_labels_that_would_broadcast_are_refused_with_both_shapes(shape: tuple[i
 
 def test_a_regression_with_a_prior_starts_from_the_measurement() -> None:
     rr, logits = TASKS["rr_interval"], torch.tensor([[0.0], [1.0], [0.5]])
-    with_prior = add_prior(logits, rr, torch.tensor([1.05, 1.05, 0.0]))
+    with_prior = read_head(logits, rr, torch.tensor([1.05, 1.05, 0.0]))
     expected = [1.0, 1.0 + CORRECTION_SHARE, 0.5]  # (1050 - 850) / 200, a correction, and nothing measured
     torch.testing.assert_close(with_prior[:, 0], torch.tensor(expected))
-    assert add_prior(logits, TASKS["age"], torch.ones(3)) is logits
+    assert read_head(logits, TASKS["age"], torch.ones(3)) is logits
 
 
 # Configuration

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from modeling_ecgmoe.encoder import read_head
 from modeling_ecgmoe.tasks import (
     DESCRIPTIONS,
     RHYTHM_STATEMENTS,
@@ -240,3 +242,47 @@ def test_a_field_that_a_task_lacks_is_named() -> None:
 def test_a_name_that_peft_would_mix_up_with_its_own_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"choose another name, such as body_{name}"):
         Task(name, "regression", "of the body", name, unit="kg")
+
+
+# Parts
+
+
+def test_a_label_made_of_parts_is_true_where_any_of_them_is() -> None:
+    task = Task("block", "multi_label", "of the heart", "block", ("left", "right"), parts={"left": ["LAFB", "CLBBB"],
+        "right": ["CRBBB"]}, parts_task="statements")  # fmt: skip
+    assert task.part_names == ("LAFB", "CLBBB", "CRBBB")
+    assert (task.num_outputs, task.head_size) == (2, 5)
+    assert Task.from_dict(json.loads(json.dumps(task.to_dict()))) == task
+    assert not task.reads_like(task.without_parts())
+    p = np.array([[0.3, 0.6, 0.2, 0.5, 0.9], [0.5, 0.5, 1e-7, 1e-7, 1.0 - 1e-7]])
+    outputs = torch.from_numpy(np.log(p / (1 - p))).float()
+    logits = read_head(outputs, task, torch.zeros(2)).numpy()
+    either = np.stack([1 - (1 - p[:, 2]) * (1 - p[:, 3]), p[:, 4]], axis=1)
+    expected = (np.log(p[:, :2] / (1 - p[:, :2])) + np.log(either / (1 - either))) / 2
+    np.testing.assert_allclose(logits[0], expected[0], atol=1e-4)
+    assert np.isfinite(logits).all()
+    assert logits[1, 0] < -4.0
+    assert logits[1, 1] > 7.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"parts": {"MI": ["IMI"]}, "parts_task": "statements"}, "every label"),
+        ({"kind": "multi_class", "parts": {"MI": ["IMI"], "CD": ["LAFB"]}, "parts_task": "statements"}, "multi-label"),
+        ({"parts": {"MI": ["IMI"], "CD": []}, "parts_task": "statements"}, "every label"),
+        ({"parts": {"MI": ["IMI"], "CD": ["LAFB"]}}, "go together"),
+        ({"parts_task": "statements"}, "go together"),
+    ],
+)
+def test_parts_that_do_not_fit_are_refused(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Task(
+            **{"name": "x", "kind": "multi_label", "description": "", "column": "x", "labels": ("MI", "CD")} | changes
+        )
+
+
+def test_a_task_without_parts_is_written_as_before_there_were_any() -> None:
+    assert not {"parts", "parts_task"} & set(TASKS["statements"].to_dict())
+    assert TASKS["superclass"].to_dict()["parts_task"] == "statements"
+    assert sum(map(len, TASKS["superclass"].parts.values())) == 44

@@ -23,7 +23,7 @@ import train
 from arguments import parse_arguments
 from benchmarks import plain_cnn
 from benchmarks.plain_cnn import PlainCnn
-from head_start import start_at_base_rates
+from linear_heads import start_at_base_rates
 from modeling_ecgmoe.adapters import MultiTask
 from modeling_ecgmoe.configuration_ecgmoe import EcgMoeConfig
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor

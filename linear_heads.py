@@ -1,0 +1,296 @@
+"""Heads in closed form: where a new one starts, and where a trained one settles.
+
+A new head starts at the base rates of its labels, or at the best linear answer from the frozen embedding. Fine-tuning
+from the latter keeps what the embedding knows, which a head of random numbers lets go while it learns (Kumar et al.
+2022, "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution"). With few labels most of an
+adapter's answer is this start.
+
+A trained head settles between its own answer and what other linear methods find in the same embedding. Stochastic
+gradients leave rare labels to a handful of steps, where discriminants and balanced regressions weigh every record.
+"""
+
+import logging
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate.utils import send_to_device
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.model_selection import KFold
+from torch import Tensor, nn
+
+from evaluation import point_metric, predict_logits
+from modeling_ecgmoe.modeling_ecgmoe import EcgMoeForTasks, task_loss
+from modeling_ecgmoe.tasks import TASKS, Task
+from records import EncodedRecords, Records, mean_of_windows
+
+logger = logging.getLogger("train")
+
+PENALTIES = tuple(10.0**power for power in range(6))  # of the squared weights of a standardised embedding
+FOLDS = 5
+MAX_RECORDS = 2000  # more change the start little, and take long
+BALANCED_PENALTY = 5.0  # of the squared weights of a balanced regression, over the records of the rarer class
+
+
+class LinearHead(NamedTuple):
+    """weight (head_size, record_size) and bias (head_size,) of a head."""
+
+    weight: np.ndarray
+    bias: np.ndarray
+
+    def logits(self, embedding: np.ndarray) -> np.ndarray:
+        """(records, record_size) to (records, head_size), before a task's prior or parts."""
+        return embedding @ self.weight.T + self.bias
+
+
+@torch.no_grad()
+def start_at_base_rates(model: Any, labels: dict[str, Tensor]) -> None:
+    """Set the biases of classification heads to the log-odds of their labels, which no step must then learn.
+
+    Args:
+        labels: task to (records, outputs), NaN where unknown; of classes it is their log-frequency.
+    """
+    for name, values in labels.items():
+        task = model.tasks.get(name)
+        if task is not None and task.kind != "regression":
+            share = values.nanmean(dim=0).clamp(1e-4, 1 - 1e-4)
+            bias = model.heads[f"head_{name}"].bias[: len(share)]
+            start = share.log() if task.kind == "multi_class" else torch.logit(share)
+            bias.copy_(torch.where(start.isfinite(), start.to(bias), bias))  # nothing is known of a label without any
+
+
+def start_linearly(model: EcgMoeForTasks, task: Task, train: Records | EncodedRecords, seed: int = 0) -> None:
+    """Set a head of the model to the linear answer that fits the training records, or `MAX_RECORDS` of them.
+
+    A task that starts from a measurement starts there: its head, which answers the difference, is nought.
+
+    Args:
+        seed: of the records that are chosen, and of the folds.
+    """
+    layer: Any = model.heads[f"head_{task.name}"]
+    targets = head_targets(task, train.labels)
+    known = np.flatnonzero(np.isfinite(targets).any(axis=1))
+    if task.prior or not len(known):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+        return
+    chosen = np.sort(np.random.default_rng(seed).permutation(known)[:MAX_RECORDS])
+    _set_head(layer, fit_linear_head(task, embed(model, train, torch.from_numpy(chosen)), targets[chosen], seed))
+
+
+def head_targets(task: Task, labels: dict[str, Tensor]) -> np.ndarray:
+    """The truth of all that a head gives, (records, head_size), NaN where unknown: the task's, then its parts'.
+
+    Args:
+        labels: task to the truth of the records, (records, outputs); that of the parts is their own task's, if it is
+            there.
+    """
+    targets = labels[task.name].numpy()
+    if not task.parts:
+        return targets
+    if task.parts_task not in labels:
+        return np.pad(targets, ((0, 0), (0, len(task.part_names))), constant_values=np.nan)
+    return np.concatenate([targets, labels[task.parts_task].numpy()[:, _places_of_parts(task)]], axis=1)
+
+
+def _places_of_parts(task: Task) -> list[int]:
+    """Which outputs of the task that its parts are labels of."""
+    return [TASKS[task.parts_task].labels.index(part) for part in task.part_names]
+
+
+def with_tasks_of_parts(tasks: list[Task]) -> list[Task]:
+    """The tasks, and those that their parts are labels of."""
+    names = {task.name for task in tasks}
+    return [
+        *tasks,
+        *(TASKS[name] for name in dict.fromkeys(t.parts_task for t in tasks if t.parts) if name not in names),
+    ]
+
+
+def _set_head(layer: Any, head: LinearHead) -> None:
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(head.weight))
+        layer.bias.copy_(torch.from_numpy(head.bias))
+
+
+@torch.inference_mode()
+def embed(
+    model: EcgMoeForTasks, records: Records | EncodedRecords, chosen: Tensor, batch_size: int = 64
+) -> np.ndarray:
+    """The model's embedding of some records as they are, (records, record_size), the mean of each one's windows.
+
+    Args:
+        chosen: (n,) of the records, rising.
+    """
+    model.eval()
+    parts = []
+    windows = torch.isin(records.record_of, chosen).nonzero()[:, 0]
+    for index in windows.split(batch_size):
+        encoded = isinstance(records, EncodedRecords)
+        inputs = {"encoder_output": records.at(index)} if encoded else records.__getitems__(index.tolist())["signal"]
+        parts.append(model.ecgmoe(**send_to_device(inputs, model.device)).pooler_output.float().cpu())
+    return mean_of_windows(torch.cat(parts), torch.searchsorted(chosen, records.record_of[windows])).numpy()
+
+
+def fit_linear_head(task: Task, embedding: np.ndarray, targets: np.ndarray, seed: int = 0) -> LinearHead:
+    """Ridge or logistic regression, with the penalty of the lowest cross-validated loss.
+
+    Args:
+        embedding: (records, record_size).
+        targets: (records, outputs) as `Task.targets` gives them, NaN where unknown.
+        seed: of the folds.
+    """
+    known = np.isfinite(targets).any(axis=1)
+    embedding, targets = embedding[known].astype(np.float64), targets[known].astype(np.float64)
+    center, scale = embedding.mean(axis=0), embedding.std(axis=0) + 1e-6
+    inputs = (embedding - center) / scale
+    penalty = PENALTIES[len(PENALTIES) // 2]
+    if len(targets) >= 2 * FOLDS:
+        folds = list(KFold(FOLDS, shuffle=True, random_state=seed).split(inputs))
+        losses = [
+            np.mean([_loss(task, _fit(task, each, inputs[a], targets[a]), inputs[b], targets[b]) for a, b in folds])
+            for each in PENALTIES
+        ]
+        penalty = PENALTIES[int(np.argmin(losses))]
+    head = _fit(task, penalty, inputs, targets)
+    weight = head.weight / scale
+    return LinearHead(weight.astype(np.float32), (head.bias - weight @ center).astype(np.float32))
+
+
+def _loss(task: Task, head: LinearHead, inputs: np.ndarray, targets: np.ndarray) -> float:
+    return float(task_loss(task, torch.from_numpy(head.logits(inputs)), torch.from_numpy(targets)))
+
+
+def _fit(task: Task, penalty: float, inputs: np.ndarray, targets: np.ndarray) -> LinearHead:
+    """One fit; outputs without an example stay at their base rate."""
+    weight, known = np.zeros((targets.shape[1], inputs.shape[1])), np.isfinite(targets)
+    if task.kind == "regression":
+        standard = (targets[known[:, 0], 0] - task.center) / task.spread
+        ridge = Ridge(alpha=penalty).fit(inputs[known[:, 0]], standard)
+        return LinearHead(ridge.coef_[None], np.array([ridge.intercept_]))
+    counts = np.where(known, targets, 0.0).sum(axis=0)
+    rates = (counts + 0.5) / (known.sum(axis=0) + 1.0)
+    regression = LogisticRegression(C=1.0 / penalty, max_iter=500)
+    if task.kind == "multi_class":
+        bias = np.log(rates)
+        present = np.flatnonzero(counts)
+        if len(present) > 1:
+            regression.fit(inputs, targets.argmax(axis=1))
+            both = len(present) == 2  # then the one row says how far the second is above the first
+            weight[present] = np.vstack([-regression.coef_, regression.coef_]) / 2 if both else regression.coef_
+            ends = [-regression.intercept_, regression.intercept_]
+            bias[present] = np.concatenate(ends) / 2 if both else regression.intercept_
+        return LinearHead(weight, bias)
+    bias = np.log(rates / (1.0 - rates))
+    for output, column in enumerate(targets.T):
+        seen = known[:, output]
+        if 0 < column[seen].sum() < seen.sum():  # one example says more than none
+            regression.fit(inputs[seen], column[seen] > 0.5)
+            weight[output], bias[output] = regression.coef_[0], regression.intercept_[0]
+    return LinearHead(weight, bias)
+
+
+# ------------------------------------------------------------------------------------------------------------ settling
+
+
+def settle(
+    model: EcgMoeForTasks,
+    layer: Any,
+    task: Task,
+    embedding: np.ndarray,
+    targets: np.ndarray,
+    validation: Records | EncodedRecords,
+) -> None:
+    """Let a trained head settle, where that makes its main metric on validation better.
+
+    Args:
+        model: frozen, with what adapts it; layer: the linear layer of the head.
+        embedding, targets: of the training records, (records, record_size) and (records, head_size), see
+            `head_targets`.
+    """
+    if task.prior or task.kind == "multi_class":  # it corrects a measurement; its logits compete with each other
+        return
+
+    def measure() -> float:
+        logits = predict_logits(model, validation, model.device, [task.name])[task.name]
+        return point_metric(task, validation.labels[task.name].numpy(), logits)
+
+    trained = LinearHead(*(p.detach().cpu().numpy().copy() for p in (layer.weight, layer.bias)))
+    before = measure()
+    _set_head(layer, settled(task, trained, embedding, targets))
+    after = measure()
+    logger.info("%s: settling, %s on validation %.4f to %.4f", task.name, task.metric, before, after)
+    if not (after < before if task.kind == "regression" else after > before):
+        _set_head(layer, trained)
+
+
+def settled(task: Task, trained: LinearHead, embedding: np.ndarray, targets: np.ndarray) -> LinearHead:
+    """The mean of a trained head and of other linear answers to the same questions.
+
+    Of a label these are Fisher's discriminant, shrunk the more the fewer records there are (Friedman 1989), and a
+    logistic regression that weighs both classes alike. All are brought to the mean and spread of the trained head's
+    logits over the training records before they are averaged. Of a regression it is a ridge regression.
+
+    Args:
+        embedding: (records, record_size).
+        targets: (records, head_size), NaN where unknown. A label without an example keeps its trained answer.
+    """
+    weight, bias = trained.weight.astype(np.float64), trained.bias.astype(np.float64)
+    center, scale = embedding.mean(axis=0, dtype=np.float64), embedding.std(axis=0, dtype=np.float64) + 1e-6
+    inputs = (embedding - center) / scale
+    weight, bias = weight * scale, bias + weight @ center  # of standardised inputs from here
+    for output, column in enumerate(targets.T):
+        known = np.isfinite(column)
+        seen, truth = inputs[known], column[known]
+        records, size = seen.shape if known.any() else (0, 1)
+        if task.kind == "regression":
+            if records > 1:
+                ridge = Ridge(alpha=float(size)).fit(seen, (truth - task.center) / task.spread)
+                weight[output] = (weight[output] + ridge.coef_) / 2
+                bias[output] = (bias[output] + ridge.intercept_) / 2
+            continue
+        positive = truth > 0.5
+        rarer = min(positive.sum(), (~positive).sum())
+        if records < 3 or not rarer:
+            continue
+        shrinkage = size / (size + records)
+        fisher = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage).fit(seen, positive)
+        balanced = LogisticRegression(C=rarer / (BALANCED_PENALTY * records), class_weight="balanced", max_iter=200)
+        balanced.fit(seen, positive)
+        directions = np.stack([weight[output], fisher.coef_[0], balanced.coef_[0]])
+        spreads = (seen @ directions.T).std(axis=0)
+        level, spread = float((seen @ weight[output]).mean() + bias[output]), spreads[0]
+        if not spread:  # a row that nothing has trained yet says nothing
+            directions, spreads = directions[1:], spreads[1:]
+            level, spread = float((seen @ balanced.coef_[0]).mean() + balanced.intercept_[0]), spreads[-1]
+        weight[output] = spread * (directions / (spreads[:, None] + 1e-12)).mean(axis=0)
+        bias[output] = level - (seen @ weight[output]).mean()
+    weight = weight / scale
+    return LinearHead(weight.astype(np.float32), (bias - weight @ center).astype(np.float32))
+
+
+def settle_all(model: EcgMoeForTasks, labels: dict[str, Tensor], train: Records, validation: Records) -> None:
+    """Let all heads of a model settle. Labels that have parts get outputs for these first, which start as the model's
+    own answers for them.
+
+    Args:
+        labels: task to the training records' truth, whatever labels the model learned from.
+    """
+    for name, task in list(model.tasks.items()):
+        whole = TASKS.get(name, task)
+        if whole.parts and whole.without_parts().reads_like(task) and whole.parts_task in model.tasks:
+            own: Any = model.heads[f"head_{name}"]
+            of_parts: Any = model.heads[f"head_{whole.parts_task}"]
+            places = _places_of_parts(whole)
+            weight = torch.cat([own.weight, of_parts.weight[places]])
+            bias = torch.cat([own.bias, of_parts.bias[places]])
+            model.add_task(whole)
+            _set_head(
+                model.heads[f"head_{name}"], LinearHead(weight.detach().cpu().numpy(), bias.detach().cpu().numpy())
+            )
+    embedding = embed(model, train, torch.arange(len(train.record_ids)))
+    encoded = EncodedRecords(model, validation, model.device)
+    for name, task in model.tasks.items():
+        if name in labels and name in validation.labels:
+            settle(model, model.heads[f"head_{name}"], task, embedding, head_targets(task, labels), encoded)
