@@ -115,21 +115,21 @@ def _set_head(layer: Any, head: LinearHead) -> None:
 
 
 @torch.inference_mode()
-def embed(
-    model: EcgMoeForTasks, records: Records | EncodedRecords, chosen: Tensor, batch_size: int = 64
-) -> np.ndarray:
+def embed(model: nn.Module, records: Records | EncodedRecords, chosen: Tensor, batch_size: int = 64) -> np.ndarray:
     """The model's embedding of some records as they are, (records, record_size), the mean of each one's windows.
 
     Args:
         chosen: (n,) of the records, rising.
     """
     model.eval()
+    device = next(model.parameters()).device
     parts = []
     windows = torch.isin(records.record_of, chosen).nonzero()[:, 0]
     for index in windows.split(batch_size):
         encoded = isinstance(records, EncodedRecords)
         inputs = {"encoder_output": records.at(index)} if encoded else records.__getitems__(index.tolist())["signal"]
-        parts.append(model.ecgmoe(**send_to_device(inputs, model.device)).pooler_output.float().cpu())
+        output = model(**send_to_device(inputs, device), tasks=[])
+        parts.append(output.pooler_output.float().cpu())
     return mean_of_windows(torch.cat(parts), torch.searchsorted(chosen, records.record_of[windows])).numpy()
 
 
@@ -195,7 +195,7 @@ def _fit(task: Task, penalty: float, inputs: np.ndarray, targets: np.ndarray) ->
 
 
 def settle(
-    model: EcgMoeForTasks,
+    model: nn.Module,
     layer: Any,
     task: Task,
     embedding: np.ndarray,
@@ -213,7 +213,7 @@ def settle(
         return
 
     def measure() -> float:
-        logits = predict_logits(model, validation, model.device, [task.name])[task.name]
+        logits = predict_logits(model, validation, next(model.parameters()).device, [task.name])[task.name]
         return point_metric(task, validation.labels[task.name].numpy(), logits)
 
     trained = LinearHead(*(p.detach().cpu().numpy().copy() for p in (layer.weight, layer.bias)))
@@ -270,7 +270,7 @@ def settled(task: Task, trained: LinearHead, embedding: np.ndarray, targets: np.
     return LinearHead(weight.astype(np.float32), (bias - weight @ center).astype(np.float32))
 
 
-def settle_all(model: EcgMoeForTasks, labels: dict[str, Tensor], train: Records, validation: Records) -> None:
+def settle_all(model: Any, labels: dict[str, Tensor], train: Records, validation: Records) -> None:
     """Let all heads of a model settle. Labels that have parts get outputs for these first, which start as the model's
     own answers for them.
 
@@ -290,7 +290,6 @@ def settle_all(model: EcgMoeForTasks, labels: dict[str, Tensor], train: Records,
                 model.heads[f"head_{name}"], LinearHead(weight.detach().cpu().numpy(), bias.detach().cpu().numpy())
             )
     embedding = embed(model, train, torch.arange(len(train.record_ids)))
-    encoded = EncodedRecords(model, validation, model.device)
     for name, task in model.tasks.items():
         if name in labels and name in validation.labels:
-            settle(model, model.heads[f"head_{name}"], task, embedding, head_targets(task, labels), encoded)
+            settle(model, model.heads[f"head_{name}"], task, embedding, head_targets(task, labels), validation)

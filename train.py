@@ -164,11 +164,10 @@ def fit_on_splits(
     if arguments.model is None:
         start_at_base_rates(model, train.labels)
 
-    def finish(trained: EcgMoeForTasks) -> None:
+    def finish(trained: Any) -> None:
         settle_all(trained, truth, train, validation)
 
-    own = finish if isinstance(model, EcgMoeForTasks) else None
-    return fit(model, extractor, train, validation, data, arguments, accelerator, own)
+    return fit(model, extractor, train, validation, data, arguments, accelerator, finish)
 
 
 def reweighted(tasks: dict[str, Task], weights: dict[str, float]) -> dict[str, Task]:
@@ -270,7 +269,7 @@ def fit(
         if finish:
             finish(trained.eval())
             metrics = evaluate_quickly(trained, validation, accelerator)
-            write_log(accelerator, output_dir, {"step": step, "finished": True} | metrics)
+            write_log(accelerator, output_dir, {"finished": True} | metrics)
         save_model(trained, extractor, output_dir / "model")
         save_arguments(output_dir / "model", data, arguments, processes=accelerator.num_processes)
     return metrics

@@ -36,7 +36,7 @@ from adaptation import AdaptArguments, fit_adapter
 from benchmarks.plain_cnn import PlainCnn
 from benchmarks.quality import origin
 from evaluation import point_metric, predict_logits
-from linear_heads import fit_linear_head, start_at_base_rates, start_linearly
+from linear_heads import embed, fit_linear_head, head_targets, settle, start_at_base_rates, start_linearly
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.lora import lora_model
 from modeling_ecgmoe.metrics import bootstrap_difference, bootstrap_interval, find_metric
@@ -243,7 +243,7 @@ def plain_cnn(tasks: Sequence[Task]) -> PlainCnn:
     cnn = PlainCnn()
     width = next(head.in_features for head in cnn.heads.values() if isinstance(head, nn.Linear))
     cnn.tasks = {task.name: task for task in tasks}
-    cnn.heads = nn.ModuleDict({f"head_{task.name}": nn.Linear(width, task.num_outputs) for task in tasks})
+    cnn.heads = nn.ModuleDict({f"head_{task.name}": nn.Linear(width, task.head_size) for task in tasks})
     return cnn
 
 
@@ -291,8 +291,13 @@ def cnn_answers(
     answers: dict[str, np.ndarray] = {}
     for chosen in sorted({at for _, at in best.values()}):
         cnn.load_state_dict(weights[chosen])
+        answered = [task for task in tasks if best[task.name][1] == chosen]
+        embedding = embed(cnn, few.fit.records, torch.arange(len(few.fit.records.record_ids)))
+        for task in answered:  # as the adapters do
+            targets = head_targets(task, few.fit.records.labels)
+            settle(cnn, cnn.heads[f"head_{task.name}"], task, embedding, targets, few.inner.records)
         logits = predict_logits(cnn, few.test.records, CPU)
-        answers |= {task.name: task.answers(logits[task.name]) for task in tasks if best[task.name][1] == chosen}
+        answers |= {task.name: task.answers(logits[task.name]) for task in answered}
     return answers
 
 
@@ -413,7 +418,7 @@ def main() -> None:
     splits = {}
     for split in ("train", "validation"):
         rows = load_split(data, split)
-        splits[split] = Records(rows, extractor, [TASKS[name] for name in SEEN], data.num_proc)
+        splits[split] = Records(rows, extractor, [TASKS[name].without_parts() for name in SEEN], data.num_proc)
         for question in questions:
             add_labels(splits[split], rows, question)
     pool, test = splits["train"], encode(model, splits["validation"])
@@ -439,7 +444,7 @@ def main() -> None:
         sets.append(f"{title}, {len(set(records.patient_ids))} patients, cross-validated by patient")
     count = len(test.records.record_ids)
     write(arguments.out, arguments, result, sets, count)
-    tasks, size = [TASKS[name] for name in SEEN], len(pool.record_ids)
+    tasks, size = [TASKS[name].without_parts() for name in SEEN], len(pool.record_ids)
     trials = [Trial(tasks, round(s * size), {"share of the labels": f"{100 * s:g} %"}) for s in arguments.shares]
     seen = sorted(rows_of_draws(model, pool, test, trials, arguments), key=lambda row: SEEN.index(row["task"]))
     write(arguments.out.with_name(f"{arguments.out.stem}_seen.json"), arguments, seen, sets[:1], count)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from arguments import parse_arguments, run_program
 from modeling_ecgmoe.configuration_ecgmoe import PRETRAINING_TASKS, EcgMoeConfig
+from modeling_ecgmoe.encoder import read_head
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeTaskOutput, task_loss
 from modeling_ecgmoe.tasks import TASKS, Task
@@ -29,32 +30,42 @@ class PlainCnn(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tasks = {name: TASKS[name] for name in PRETRAINING_TASKS}
+        self.tasks = {name: TASKS[name].without_parts() for name in PRETRAINING_TASKS}
         config = EcgMoeConfig(conv_blocks=(1, 1, 2))
         self.stem = Stem(config)
         self.dropout = nn.Dropout(0.3)
         self.width = 2 * config.conv_channels[-1]
         self.heads = nn.ModuleDict(
-            {f"head_{name}": nn.Linear(self.width, t.num_outputs) for name, t in self.tasks.items()}
+            {f"head_{name}": nn.Linear(self.width, t.head_size) for name, t in self.tasks.items()}
         )
 
-    def forward(self, input_values: Tensor, labels: dict[str, Tensor] | None = None, **other: Any) -> EcgMoeTaskOutput:
+    def forward(
+        self,
+        input_values: Tensor,
+        labels: dict[str, Tensor] | None = None,
+        tasks: list[str] | None = None,
+        **other: Any,
+    ) -> EcgMoeTaskOutput:
         """Takes what the feature extractor gives and leaves the beats in `other` alone."""
         hidden = self.stem(input_values)
-        pooled = self.dropout(torch.cat([hidden.mean(dim=2), hidden.amax(dim=2)], dim=1))
-        logits = {name: self.heads[f"head_{name}"](pooled) for name in self.tasks}
+        embedding = torch.cat([hidden.mean(dim=2), hidden.amax(dim=2)], dim=1)
+        pooled, unknown = self.dropout(embedding), embedding.new_zeros(len(embedding))
+        logits = {
+            name: read_head(self.heads[f"head_{name}"](pooled), self.tasks[name], unknown)
+            for name in (self.tasks if tasks is None else tasks)
+        }
         if labels is None:
-            return EcgMoeTaskOutput(logits=logits)
+            return EcgMoeTaskOutput(logits=logits, pooler_output=embedding)
         losses = {
             name: task_loss(task, logits[name], labels[name]) for name, task in self.tasks.items() if name in labels
         }
         loss = torch.stack([self.tasks[name].loss_weight * value for name, value in losses.items()]).sum()
-        return EcgMoeTaskOutput(loss=loss, logits=logits, losses=losses)
+        return EcgMoeTaskOutput(loss=loss, logits=logits, losses=losses, pooler_output=embedding)
 
     def add_task(self, task: Task) -> None:
-        """Add a head."""
+        """Add a head, or replace the one of that name."""
         self.tasks[task.name] = task
-        self.heads[f"head_{task.name}"] = nn.Linear(self.width, task.num_outputs)
+        self.heads[f"head_{task.name}"] = nn.Linear(self.width, task.head_size)
 
     def remove_task(self, name: str) -> None:
         """Take away a head."""
@@ -67,9 +78,12 @@ class PlainCnn(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "PlainCnn":
-        """Read the weights."""
-        model = cls()
-        model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+        """Read the weights, of heads with or without parts."""
+        model, weights = cls(), load_file(Path(folder) / "model.safetensors")
+        for name, task in model.tasks.items():
+            if len(weights[f"heads.head_{name}.bias"]) != task.head_size:
+                model.add_task(TASKS[name])
+        model.load_state_dict(weights)
         return model.eval()
 
 
