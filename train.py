@@ -79,6 +79,9 @@ class TrainingArguments:
     report_weight: float = field(default=0.0, metadata={"help": "weight of the reports' words as a target, 0: none"})
     soft_labels: str = field(default="", metadata={"help": "other models' answers, from benchmarks.soft_labels"})
     soft_share: float = field(default=0.5, metadata={"help": "how far labels move to these answers, 0 to 1"})
+    hard_labels: list[str] = field(
+        default_factory=list, metadata={"help": "tasks whose labels stay as they are beside --soft_labels"}
+    )
     report_min_count: int = field(default=40, metadata={"help": "words in fewer reports are no targets"})
 
     def __post_init__(self) -> None:
@@ -160,7 +163,7 @@ def fit_on_splits(
         train = Records(rows, extractor, tasks, data.num_proc)
         truth = dict(train.labels)
         if arguments.soft_labels:
-            soften(train, tasks, arguments.soft_labels, arguments.soft_share)
+            soften(train, tasks, arguments.soft_labels, arguments.soft_share, arguments.hard_labels)
     if arguments.model is None:
         start_at_base_rates(model, train.labels)
 

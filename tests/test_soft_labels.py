@@ -34,6 +34,15 @@ def test_labels_move_by_the_share_and_unknown_ones_stay_unknown(tmp_path: Path) 
     assert some.labels["rr_interval"][:, 0].tolist() == [800.0, 900.0, 1000.0]
 
 
+def test_tasks_may_keep_their_labels(tmp_path: Path) -> None:
+    some = records(age=[40.0], sex=[0.0])
+    save_file({"age": torch.full((1, 1), 50.0), "sex": torch.full((1, 1), 0.5)}, tmp_path / "soft.safetensors")
+    soften(some, TASKS_USED, tmp_path / "soft.safetensors", 0.5, ["sex"])
+    assert (float(some.labels["age"]), float(some.labels["sex"])) == (45.0, 0.0)
+    with pytest.raises(ValueError, match="hard_labels names height; the tasks are age, sex, rr_interval"):
+        soften(some, TASKS_USED, tmp_path / "soft.safetensors", 0.5, ["height"])
+
+
 def test_answers_of_other_recordings_are_refused_with_both_shapes(tmp_path: Path) -> None:
     save_file({"age": torch.zeros(4, 1)}, tmp_path / "soft.safetensors")
     with pytest.raises(ValueError, match=r"task age as \(4, 1\), expected \(2, 1\)"):
