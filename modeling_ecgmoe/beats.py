@@ -318,6 +318,30 @@ def mean_rr_error_ms(rr_intervals_s: np.ndarray) -> float:
     return (sd_ms + R_PEAK_ERROR_MS) / len(known_ms)
 
 
+LIKENESS_S = 0.1  # each way of the R peak: the QRS complex, whose shape the rhythm does not change
+
+
+def beat_likeness(signal: np.ndarray, r_peaks_s: np.ndarray, sampling_rate: float) -> float:
+    """How alike the QRS complexes are, 1 where they are the same: what a heart does and noise does not.
+
+    Args:
+        signal: float array (leads, samples); r_peaks_s: (beats,).
+
+    Returns:
+        The median over the beats of the correlation with the mean of all others, NaN where there are fewer than three.
+    """
+    reach = round(LIKENESS_S * sampling_rate)
+    at = np.round(r_peaks_s * sampling_rate).astype(int)
+    at = at[(at >= reach) & (at < signal.shape[1] - reach)]
+    if len(at) < 3:
+        return float("nan")
+    complexes = signal[:, at[:, None] + np.arange(-reach, reach + 1)].swapaxes(0, 1).reshape(len(at), -1)
+    complexes = complexes - complexes.mean(axis=1, keepdims=True)
+    others = complexes.sum(axis=0) - complexes
+    norms = np.linalg.norm(complexes, axis=1) * np.linalg.norm(others, axis=1)
+    return float(np.median((complexes * others).sum(axis=1) / np.maximum(norms, 1e-9)))
+
+
 def autocorrelation_period_s(signal: np.ndarray, sampling_rate: float) -> float:
     """The heart period where no beat stands out: the first strong peak of the slope energy's autocorrelation.
 

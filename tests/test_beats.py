@@ -9,6 +9,7 @@ import wfdb
 from data_builders.synthetic import synthetic_ecg
 from modeling_ecgmoe.beats import (
     autocorrelation_period_s,
+    beat_likeness,
     filter_band,
     find_r_peaks,
     mean_rr_s,
@@ -53,6 +54,21 @@ def test_slow_and_fast_hearts_are_counted_right(rate_bpm: float) -> None:
     peaks_s = find_r_peaks(truth.ecg.signal, 250)
     assert len(peaks_s) == len(truth.r_peaks_s)
     np.testing.assert_allclose(peaks_s, truth.r_peaks_s, atol=0.03)
+
+
+@pytest.mark.parametrize("rhythm", ["sinus", "atrial_fibrillation", "paced"])
+def test_the_beats_of_a_heart_are_alike_and_those_of_noise_are_not(rhythm: str) -> None:
+    heart = synthetic_ecg(rhythm=rhythm, sampling_rate=100, duration_s=10, noise_mv=0.02).ecg.signal
+    for leads in (heart, heart[1:2]):
+        assert beat_likeness(leads, find_r_peaks(leads, 100), 100) > 0.8
+    for seed in range(20):
+        noise = filter_band(np.random.default_rng(seed).normal(size=(1, 1000)), 100, (0.5, 40.0))
+        assert beat_likeness(noise, find_r_peaks(noise, 100), 100) < 0.5
+
+
+def test_two_beats_are_too_few_to_be_alike() -> None:
+    assert np.isnan(beat_likeness(np.ones((1, 300)), np.array([0.5, 1.3]), 100))
+    assert np.isnan(beat_likeness(np.ones((1, 30)), np.array([0.1, 0.15, 0.2]), 500))
 
 
 @pytest.mark.parametrize("rhythm", ["atrial_fibrillation", "paced"])

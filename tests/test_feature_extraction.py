@@ -255,7 +255,8 @@ def test_the_period_of_a_single_beat_is_unknown(extractor: EcgMoeFeatureExtracto
     np.testing.assert_array_equal(features["rr_intervals_s"], [[0.0]])
     assert features["period_s"][0] == 0
     assert features["quality"][0] | {"leads": []} == {
-        "leads": [], "flat_leads": [], "beats": 1, "period_from": "none", "clipped": 0.0, "missing": 0.0,
+        "leads": [], "flat_leads": [], "beats": 1, "period_from": "none", "beat_likeness": None, "clipped": 0.0,
+        "missing": 0.0,
     }  # fmt: skip
 
 

@@ -233,6 +233,7 @@ def test_a_pipeline_of_changed_weights_says_nothing_of_what_is_typical(caplog: p
         ({"typicality": None, "arm_electrodes_swapped": 0.95}, "the electrodes of the arms seem to be swapped"),
         ({"beats": 1}, "fewer than two beats were found"),
         ({"clipped": 0.12}, "12% of the samples are beyond what the model sees"),
+        ({"beat_likeness": 0.21}, "its beats are not like each other: noise or no ECG"),
         ({"missing": 0.5}, "50% of the samples are missing"),
         ({"flat_leads": ["V1", "V2"]}, "flat and left out: V1, V2"),
         ({"windows_refused": 2}, "2 stretches of 10 s could not be used"),

@@ -23,7 +23,7 @@ from transformers import PreTrainedConfig
 from .adapter_card import CARD_FILE, AdapterCard
 from .beats import mean_rr_error_ms
 from .configuration_ecgmoe import EcgMoeConfig
-from .encoder import EcgMoeEncoderOutput, add_prior
+from .encoder import EcgMoeEncoderOutput, read_head
 from .feature_extraction_ecgmoe import EcgMoeFeatureExtractor, Prepared
 from .folding import WEIGHTS_FILE, Backbone, folded
 from .fusion import Fusion
@@ -313,7 +313,7 @@ class MultiTask:
             seen = embeddings.get(name)
             # Its length would be a constant to the tracer of an exported graph, its shape is not.
             own = bias.expand(encoded.period_s.shape[0], -1) if seen is None else functional.linear(seen, weight, bias)
-            logits[name] = add_prior(own, card.task, encoded.period_s)
+            logits[name] = read_head(own, card.task, encoded.period_s)
         return logits
 
     @torch.inference_mode()

@@ -101,7 +101,8 @@ class EcgMoeConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.tasks is None:
-            self.tasks = {name: TASKS[name].to_dict() for name in PRETRAINING_TASKS}
+            # Parts come with the closed forms that end the training, see linear_heads.py.
+            self.tasks = {name: TASKS[name].without_parts().to_dict() for name in PRETRAINING_TASKS}
         if __name__.startswith("modeling_ecgmoe."):
             # The entry asks for the code in the checkpoint's folder; whoever has this package has the pipeline in it.
             kwargs.pop("custom_pipelines", None)

@@ -169,12 +169,21 @@ def _clock_at_beats(beats: Tensor, period_s: Tensor, beat_mask: Tensor) -> Tenso
 CORRECTION_SHARE = 0.05
 
 
-def add_prior(logits: Tensor, task: Task, period_s: Tensor) -> Tensor:
-    """Start a regression from what the feature extractor measured: the RR task from the mean RR of the found beats.
+def read_head(outputs: Tensor, task: Task, period_s: Tensor) -> Tensor:
+    """The logits (b, num_outputs) of a task from what its head gives, (b, head_size).
 
-    Where nothing was measured the head's own value counts, in full.
+    A regression may start from what the feature extractor measured: the RR task from the mean RR of the found beats,
+    which the head corrects. Where nothing was measured the head's own value counts, in full.
+
+    A label made of parts has the mean of two logits: its own, and that of any of its parts, each by itself (noisy or,
+    Pearl 1988, section 4.3.2): 1 - prod (1 - p).
     """
-    if not task.prior:
-        return logits
-    measured = ((period_s[:, None].float() * 1000.0 - task.center) / task.spread).to(logits.dtype)
-    return torch.where(period_s[:, None] > 0, measured + CORRECTION_SHARE * logits, logits)
+    if task.prior:
+        measured = ((period_s[:, None].float() * 1000.0 - task.center) / task.spread).to(outputs.dtype)
+        return torch.where(period_s[:, None] > 0, measured + CORRECTION_SHARE * outputs, outputs)
+    if not task.parts:
+        return outputs
+    own, *parts = outputs.split([task.num_outputs, *(len(task.parts[label]) for label in task.labels)], dim=1)
+    # -log prod (1 - p); its logit is log(e^x - 1).
+    absent = torch.stack([functional.softplus(each.float()).sum(dim=1) for each in parts], dim=1).clamp(min=1e-4)
+    return 0.5 * (own + (absent + torch.log(1.0 - torch.exp(-absent))).to(own.dtype))

@@ -11,7 +11,15 @@ from scipy.fft import dct, irfft
 from transformers import BatchFeature
 from transformers.feature_extraction_utils import FeatureExtractionMixin
 
-from .beats import autocorrelation_period_s, find_r_peaks, mean_or_nan, rise, rr_intervals, seen_intervals
+from .beats import (
+    autocorrelation_period_s,
+    beat_likeness,
+    find_r_peaks,
+    mean_or_nan,
+    rise,
+    rr_intervals,
+    seen_intervals,
+)
 from .leads import LEADS, NUM_LEADS, arrange_leads, find_lead
 
 MIN_SAMPLING_RATE = 50.0
@@ -108,7 +116,8 @@ class EcgMoeFeatureExtractor(FeatureExtractionMixin):
             - **period_s** float32 (B,), the mean RR interval, by autocorrelation where no two beats were found, 0
               where nothing repeats.
             - **quality**, a list of dicts: `leads` read, `flat_leads` of one value or none, `beats`, `period_from`
-              (r_peaks, autocorrelation or none), `clipped` and `missing` shares of the samples.
+              (r_peaks, autocorrelation or none), `beat_likeness` of the QRS complexes (1 is the same, noise is
+              near 0, None with fewer than three), `clipped` and `missing` shares of the samples.
 
         Raises:
             ValueError: rate, names or shape are missing or contradict each other; the recording is too short, flat or
@@ -163,6 +172,7 @@ class EcgMoeFeatureExtractor(FeatureExtractionMixin):
         if not math.isfinite(period_s):
             period_s, source = 0.0, "none"
         rr_s = np.nan_to_num(np.concatenate([[np.nan], known_rr_s])) if len(peaks_s) else np.empty(0)
+        likeness = beat_likeness(values_mv[lead_mask], peaks_s, self.sampling_rate)
         return {
             "input_values": (values_mv / self.scale_mv).astype(np.float32),
             "lead_mask": lead_mask,
@@ -175,6 +185,7 @@ class EcgMoeFeatureExtractor(FeatureExtractionMixin):
                 "flat_leads": [lead for lead in LEADS if lead in {*flat, *dead}],
                 "beats": len(peaks_s),
                 "period_from": source,
+                "beat_likeness": round(likeness, 3) if math.isfinite(likeness) else None,
                 "clipped": round(float(clipped.mean()), 4),
                 "missing": round(missing_share, 4),
             },
@@ -247,6 +258,8 @@ class EcgMoeFeatureExtractor(FeatureExtractionMixin):
         used = {lead for w in windows for lead in w["quality"]["leads"]}
         quality["leads"] = [lead for lead in LEADS if lead in used]
         quality["beats"] = beats
+        known = [w["quality"]["beat_likeness"] for w in windows if w["quality"]["beat_likeness"] is not None]
+        quality["beat_likeness"] = round(float(np.median(known)), 3) if known else None
         for share in ("clipped", "missing"):
             quality[share] = round(float(np.mean([w["quality"][share] for w in windows])), 4)
         quality |= {"windows": len(windows), "windows_refused": len(refused)}

@@ -28,7 +28,7 @@ from transformers.integrations import use_experts_implementation
 from transformers.utils import ModelOutput, is_peft_available
 
 from .configuration_ecgmoe import EcgMoeConfig
-from .encoder import EcgMoeEncoder, EcgMoeEncoderOutput, add_prior
+from .encoder import EcgMoeEncoder, EcgMoeEncoderOutput, read_head
 from .fusion import Fusion, QueryPooling
 from .routing import Experts, MorphologyPath, RhythmPath, Router
 from .tasks import Task
@@ -227,7 +227,7 @@ class EcgMoeForTasks(EcgMoePreTrainedModel):
         self.ecgmoe = EcgMoeModel(config)
         self.tasks = {name: Task.from_dict(values) for name, values in (config.tasks or {}).items()}
         self.heads = nn.ModuleDict(
-            {f"head_{name}": nn.Linear(config.record_size, task.num_outputs) for name, task in self.tasks.items()}
+            {f"head_{name}": nn.Linear(config.record_size, task.head_size) for name, task in self.tasks.items()}
         )
         self.dropout = nn.Dropout(config.head_dropout)
         self.post_init()
@@ -243,7 +243,7 @@ class EcgMoeForTasks(EcgMoePreTrainedModel):
         """Add a head, or replace the one of the same name, for a task that the checkpoint does not have."""
         self.config.tasks = {**(self.config.tasks or {}), task.name: task.to_dict()}
         self.tasks[task.name] = task
-        head = nn.Linear(self.config.record_size, task.num_outputs)
+        head = nn.Linear(self.config.record_size, task.head_size)
         self.heads[f"head_{task.name}"] = head.to(self.device, self.dtype)
         self._init_weights(head)
 
@@ -291,7 +291,7 @@ class EcgMoeForTasks(EcgMoePreTrainedModel):
         )
         embedding = self.dropout(output.pooler_output)
         logits = {
-            name: add_prior(self.heads[f"head_{name}"](embedding), self.tasks[name], output.encoder.period_s)
+            name: read_head(self.heads[f"head_{name}"](embedding), self.tasks[name], output.encoder.period_s)
             for name in names
         }
         loss, losses = None, None

@@ -19,6 +19,8 @@ BATCH_SIZE = 32
 UNTYPICAL = 2.0
 # Of swapped arms 98 % lie above in PTB-XL's fold 9 and 94 % in LUDB and CinC 2021, of others .3 and 2 %.
 SWAPPED = 0.9
+# Of white noise on one lead all lies below, of CinC 2017's 193 readable records and of PTB-XL's fold 9 one in 400.
+UNLIKE_BEATS = 0.5
 NOTED_SHARE = 0.01
 
 
@@ -109,6 +111,8 @@ def find_warnings(quality: dict[str, Any]) -> list[str]:
             f"less typical than {share} the recordings that the model was checked on: a rare rhythm, noise or no ECG; "
             "do not rely on the answers"
         )
+    elif (likeness := quality.get("beat_likeness")) is not None and likeness < UNLIKE_BEATS:
+        found.append("its beats are not like each other: noise or no ECG; do not rely on the answers")
     elif (quality.get("arm_electrodes_swapped") or 0.0) > SWAPPED:
         found.append("the electrodes of the arms seem to be swapped")
     if quality["beats"] < 2:

@@ -86,7 +86,7 @@ class AdapterWeights:
         prefix = f"base_model.model.heads.head_{task.name}."
         head = tensors.pop(f"{prefix}weight", None), tensors.pop(f"{prefix}bias", None)
         width = fusion.norm.normalized_shape[0]
-        expected = (task.num_outputs, width), (task.num_outputs,)
+        expected = (task.head_size, width), (task.head_size,)
         if head[0] is None or head[1] is None or (head[0].shape, head[1].shape) != expected:
             found = "none" if head[0] is None else f"{tuple(head[0].shape)}"
             bias = "none" if head[1] is None else f"{tuple(head[1].shape)}"

@@ -7,7 +7,7 @@ made by a user is the same `Task`, read from a JSON file.
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -137,6 +137,9 @@ class Task:
         codes: label to terminology ("snomed_ct", "scp_ecg") to code, for labels that have one.
         minimum: what a regression's quantity is never below, such as 0 of an age: its values and intervals end there.
             None: no such bound.
+        parts: label of a multi-label task to the finer findings of which any one makes it true, as any infarction
+            makes `MI` true. The head then also has an output for each of them, see `encoder.read_head`.
+        parts_task: the task whose labels the parts are.
     """
 
     name: str
@@ -152,6 +155,8 @@ class Task:
     loss_weight: float = 1.0
     codes: dict[str, dict[str, str]] = field(default_factory=dict, hash=False)
     minimum: float | None = None
+    parts: dict[str, list[str]] = field(default_factory=dict, hash=False)
+    parts_task: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", tuple(self.labels))
@@ -185,11 +190,34 @@ class Task:
                 f"task {self.name}: minimum must be a finite number, of a regression; found {self.minimum} of a "
                 f"{self.kind} task"
             )
+        if self.parts and (
+            self.kind != "multi_label" or set(self.parts) != set(self.labels) or not all(self.parts.values())
+        ):
+            raise ValueError(
+                f"task {self.name}: parts must name some for every label of a multi-label task, found parts of "
+                f"{', '.join(self.parts)} for a {self.kind} task with {', '.join(self.labels) or 'no labels'}"
+            )
+        if bool(self.parts) != bool(self.parts_task):
+            raise ValueError(f"task {self.name}: parts and parts_task go together, found only one of them")
 
     @property
     def num_outputs(self) -> int:
-        """How many numbers the head gives."""
+        """How many numbers the task's answer has."""
         return len(self.labels) if self.kind in ("multi_label", "multi_class") else 1
+
+    @property
+    def part_names(self) -> tuple[str, ...]:
+        """The parts of all labels, in the order of the head's outputs for them."""
+        return tuple(part for label in self.labels for part in self.parts.get(label, ()))
+
+    @property
+    def head_size(self) -> int:
+        """How many numbers the head gives: those of the answer, then one for each part."""
+        return self.num_outputs + len(self.part_names)
+
+    def without_parts(self) -> "Task":
+        """The same question, answered without parts."""
+        return replace(self, parts={}, parts_task="")
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -203,7 +231,7 @@ class Task:
 
     def reads_like(self, other: "Task") -> bool:
         """Whether a head's outputs mean the same under both tasks."""
-        facts = ("name", "kind", "labels", "center", "spread", "prior")
+        facts = ("name", "kind", "labels", "center", "spread", "prior", "parts")
         return all(getattr(self, fact) == getattr(other, fact) for fact in facts)
 
     def targets(self, values: Sequence[Any]) -> np.ndarray:
@@ -256,9 +284,10 @@ class Task:
         raise ValueError(f"task {self.name}: label {label!r} is not one of {', '.join(self.labels)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The task as plain JSON types, without a minimum where there is none, as tasks were before it."""
+        """The task as plain JSON types, without a minimum or parts where there are none, as tasks were before them."""
         values = asdict(self) | {"labels": list(self.labels)}
-        return {name: value for name, value in values.items() if name != "minimum" or value is not None}
+        later: dict[str, Any] = {"minimum": None, "parts": {}, "parts_task": ""}
+        return {name: value for name, value in values.items() if name not in later or value != later[name]}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Task":
@@ -352,6 +381,8 @@ TASKS = {
             description="normal ECG, infarction, ST/T change, conduction disturbance, hypertrophy",
             column="superclass",
             labels=SUPERCLASSES,
+            parts={name: [s.code for s in STATEMENTS if s.superclass == name] for name in SUPERCLASSES},
+            parts_task="statements",
         ),
         Task(
             name="quality",
