@@ -74,6 +74,11 @@ class DataArguments:
     def __post_init__(self) -> None:
         check_ranges(self, {"at least 1": ("num_proc", "max_records"), "above 0": ("sampling_rate",)})
         check_choices(self, {"file_unit": ("V", "mV", "uV", "nV")})
+        of_sets = {"dataset": "ptb_xl", "config_name": None, "clinical_dir": None, "builder_options": "{}"}
+        if self.csv and (given := [f"--{name}" for name, value in of_sets.items() if getattr(self, name) != value]):
+            raise ValueError(
+                f"--csv is a table of your own, and {', '.join(given)} for a public data set; leave one of them out"
+            )
 
 
 class Records(Dataset):

@@ -230,3 +230,8 @@ def test_an_evaluation_of_nothing_is_refused(
     more = {"model": hub, "split": "test", "task": adapted[0]}
     with pytest.raises(ValueError, match="none of the tasks ef can be evaluated on these data; see above why"):
         train.main(["evaluate", *words(data, tmp_path, **more)])
+
+
+def test_what_is_for_public_sets_is_refused_beside_a_table() -> None:
+    with pytest.raises(ValueError, match=r"--csv is a table of your own, and --dataset, --config_name for a public"):
+        DataArguments(csv="labels.csv", dataset="mitdb", config_name="100hz")
