@@ -80,7 +80,7 @@ def test_a_shift_of_each_label_mends_what_one_temperature_cannot() -> None:
         bootstrap_interval("ece_equal_mass", truth[~part], told[~part], resamples=0)
         for told in (card.probabilities(logits), expit(logits / card.temperature))
     )
-    assert card.temperature == pytest.approx(2.0, rel=0.05)
+    assert card.temperature / np.array(card.slopes) == pytest.approx(np.full(5, 2.0), rel=0.06)
     assert card.shifts == pytest.approx([-1.5, 1.0, 0.0, -0.8, 0.6], abs=0.2)
     assert after.value < 0.015
     assert before.value > 3 * after.value
@@ -88,15 +88,28 @@ def test_a_shift_of_each_label_mends_what_one_temperature_cannot() -> None:
     assert answer["probabilities"]["NORM"] == pytest.approx(card.probabilities(logits)[0, 0], abs=1e-4)
 
 
+def test_a_slope_of_each_label_mends_what_one_temperature_cannot(tmp_path: Path) -> None:
+    logits, truth = exaggerated_logits(26_000, seed=0)
+    part = np.arange(26_000) < 6000
+    card = AdapterCard(TASKS["superclass"], "abc")
+    calibrate(card, logits[part], truth[part])
+    found = np.array(card.slopes) / card.temperature
+    assert found == pytest.approx([0.25, 0.5, 1.0, 2.0, 1.0], rel=0.1)
+    told = card.probabilities(logits[~part])
+    assert bootstrap_interval("ece_equal_mass", truth[~part], told, resamples=0).value < 0.015
+    card.save(tmp_path)
+    assert AdapterCard.load(tmp_path).slopes == card.slopes
+
+
 def test_a_rare_label_is_not_shifted() -> None:
     logits, truth = exaggerated_logits(1000, seed=0)
     truth[:, 1] = np.arange(1000) < 19
     card = AdapterCard(TASKS["superclass"], "abc")
     calibrate(card, logits, truth)
-    assert card.shifts[1] == 0.0
+    assert (card.shifts[1], card.slopes[1]) == (0.0, 1.0)
     assert np.count_nonzero(card.shifts) == 4
     calibrate(card, logits[:30], truth[:30])
-    assert card.shifts == []
+    assert (card.shifts, card.slopes) == ([], [])
     assert np.array_equal(card.calibrated(logits), logits / card.temperature)
 
 

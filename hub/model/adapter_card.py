@@ -18,9 +18,10 @@ CARD_FILE = "task.json"
 # What adapters call their base until they are published; the fingerprint in their card is what is checked.
 BASE_MODEL = "ecg-moe/ecg-moe-base"
 # Fields of a card that came later: where they are empty they are left out, and the file is as it always was.
-LATER_FIELDS = ("group_bounds", "group_half_widths", "relative_widths", "shifts")
-# A label is shifted where it has so many validation records with and without it; temperature and shifts take turns.
-MIN_SHIFT_RECORDS, SHIFT_ROUNDS = 20, 3
+LATER_FIELDS = ("group_bounds", "group_half_widths", "relative_widths", "shifts", "slopes")
+# A label has a shift and a slope of its own where it has so many validation records with and without it; temperature,
+# shifts and slopes take turns.
+MIN_SHIFT_RECORDS, SHIFT_ROUNDS = 20, 8
 # The intervals of a regression are by groups of its truth, so many where each has so many validation records.
 MAX_GROUPS, MIN_GROUP_RECORDS = 6, 100
 ABBREVIATIONS = ("auprc", "auroc", "ece", "mae", "rmse")
@@ -46,7 +47,8 @@ class AdapterCard:
             Empty: one width for all.
         relative_widths: half-widths are multiples of the error to expect of the measurement that the task starts from,
             `mean_rr_error_ms` of each record (Lei et al. 2018, section 5.2).
-        shifts: what is added to each output's logit (the B of Platt 2000); empty: nothing.
+        shifts: what is added to each output's logit, and slopes: what it is multiplied by then, beside the temperature
+            (B and A of Platt 2000); empty: nothing, and one.
     """
 
     task: Task
@@ -62,6 +64,7 @@ class AdapterCard:
     group_half_widths: dict[str, list[float]] = field(default_factory=dict)
     relative_widths: bool = False
     shifts: list[float] = field(default_factory=list)
+    slopes: list[float] = field(default_factory=list)
 
     def save(self, folder: Path) -> None:
         """Write `task.json`."""
@@ -233,7 +236,8 @@ class AdapterCard:
 
     def calibrated(self, logits: np.ndarray) -> np.ndarray:
         """The calibrated logits (..., outputs) of a classification."""
-        return (logits + np.array(self.shifts or 0.0, logits.dtype)) / self.temperature
+        shifted = logits + np.array(self.shifts or 0.0, logits.dtype)
+        return shifted * np.array(self.slopes or 1.0, logits.dtype) / self.temperature
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """The calibrated probabilities (..., outputs) of a classification's logits."""
@@ -310,7 +314,7 @@ def calibrate(
     num_leads: int = 12,
     prior_errors: np.ndarray | None = None,
 ) -> None:
-    """Fit temperature, shifts and thresholds, or the interval of a regression, on validation data; changes `card`.
+    """Fit a classification's calibration and thresholds or a regression's interval on validation data; changes `card`.
 
     Args:
         logits, targets: (records, outputs), targets NaN where unknown.
@@ -329,13 +333,17 @@ def calibrate(
     positive = np.where(known, targets, 0.0).sum(axis=0)
     often = np.minimum(positive, known.sum(axis=0) - positive) >= MIN_SHIFT_RECORDS
     shifted = task.kind != "multi_class" and bool(often.any())
-    shifts = np.zeros(task.num_outputs)
+    shifts, slopes = np.zeros(task.num_outputs), np.ones(task.num_outputs)
     for _ in range(SHIFT_ROUNDS if shifted else 1):
-        card.temperature = best_temperature(task, logits + shifts, targets)
+        card.temperature = best_temperature(task, (logits + shifts) * slopes, targets)
         for output in np.flatnonzero(often) if shifted else ():
             of = known[:, output]
-            shifts[output] = best_shift(logits[of, output], targets[of, output], card.temperature)
+            own, truth = logits[of, output], targets[of, output]
+            shifts[output] = best_shift(own, truth, card.temperature / slopes[output])
+            if task.num_outputs > 1:  # of a single one the temperature is the slope
+                slopes[output] = best_slope(own + shifts[output], truth, card.temperature)
     card.shifts = [round(float(shift), 4) for shift in shifts] if shifted else []
+    card.slopes = [round(float(slope), 4) for slope in slopes] if (slopes != 1.0).any() else []
     if task.kind != "multi_class":
         probabilities = card.probabilities(logits)
         card.thresholds = [
@@ -364,6 +372,16 @@ def best_shift(logits: np.ndarray, truth: np.ndarray, temperature: float) -> flo
         return float((np.logaddexp(0.0, scaled) - truth * scaled).mean())
 
     return float(minimize_scalar(loss, bounds=(-4.0, 4.0), method="bounded").x)
+
+
+def best_slope(logits: np.ndarray, truth: np.ndarray, temperature: float) -> float:
+    """What one label's logits (records,) must be multiplied by for the lowest log-loss at a temperature."""
+
+    def loss(log_slope: float) -> float:
+        scaled = logits * np.exp(log_slope) / temperature
+        return float((np.logaddexp(0.0, scaled) - truth * scaled).mean())
+
+    return float(np.exp(minimize_scalar(loss, bounds=(-2.0, 2.0), method="bounded").x))
 
 
 def calibrate_intervals(
