@@ -109,6 +109,7 @@ class Seen:
         features: (records, 2 hidden_size), what `typicality` looks at.
         remarks: (records, 4), probabilities of the `quality` head.
         report: (records,), how much the feature extractor finds amiss, see `amiss`.
+        likeness: (records,), how alike the beats are, 0 where there are too few of them.
         logits: task to logits (records, outputs) of the adapters.
         rows: (records,), which rows of the split they are; the extractor refuses some.
     """
@@ -116,6 +117,7 @@ class Seen:
     features: np.ndarray
     remarks: np.ndarray
     report: np.ndarray
+    likeness: np.ndarray
     logits: dict[str, np.ndarray]
     rows: np.ndarray
 
@@ -165,6 +167,7 @@ def see(
         features=joined.pop("features"),
         remarks=joined.pop("remarks"),
         report=np.array([amiss(record.quality) for _, record in prepared]),
+        likeness=np.array([record.quality["beat_likeness"] or 0.0 for _, record in prepared]),
         logits=joined,
         rows=np.array([index for index, _ in prepared]),
     )
@@ -212,6 +215,7 @@ def suspicion(seen: Seen, typicality: Typicality) -> dict[str, np.ndarray]:
     return {
         "quality head": 1.0 - np.prod(1.0 - seen.remarks, axis=1),
         "signal report": seen.report / (1.0 + seen.report),
+        "beat likeness": (1.0 - seen.likeness) / 2.0,
         "typicality": distances / (1.0 + distances),
         "arm electrode probe": 1.0 / (1.0 + np.exp(-typicality.swap_logits(seen.features))),
     }
