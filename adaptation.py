@@ -82,6 +82,7 @@ class AdaptArguments:
     lora_scope: str = field(
         default="fusion", metadata={"help": "fusion, or all: the backbone too, at one pass a task"}
     )
+    settle: bool = field(default=True, metadata={"help": "whether the head settles at the end, see linear_heads.py"})
     views: int = field(default=2, metadata={"help": "encodings of each record: as it is, and disturbed"})
     level: float = field(default=0.9, metadata={"help": "coverage of the intervals of regressions"})
     trained_on: str = field(default="", metadata={"help": "the data, for the card; found out where not given"})
@@ -345,10 +346,11 @@ def fit_adapter(
             p.copy_(best[1][name])
     logger.info("%s: %s on validation by epoch %s", task.name, task.metric, [round(value, 4) for value in course])
     accelerator.free_memory()
-    adapted: EcgMoeForTasks = model.base_model.model
-    head = adapted.get_submodule(f"heads.head_{task.name}.modules_to_save.{task.name}")
-    embedding = embed(adapted, train, torch.arange(int(train.record_of.max()) + 1))
-    settle(adapted, head, task, embedding, head_targets(task, train.labels), validation)
+    if arguments.settle:
+        adapted: EcgMoeForTasks = model.base_model.model
+        head = adapted.get_submodule(f"heads.head_{task.name}.modules_to_save.{task.name}")
+        embedding = embed(adapted, train, torch.arange(int(train.record_of.max()) + 1))
+        settle(adapted, head, task, embedding, head_targets(task, train.labels), validation)
 
 
 def prior_errors_of(records: Records) -> np.ndarray:

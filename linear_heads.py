@@ -10,6 +10,7 @@ gradients leave rare labels to a handful of steps, where discriminants and balan
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -204,6 +205,8 @@ def settle(
 ) -> None:
     """Let a trained head settle, where that makes its main metric on validation better.
 
+    Both the fit and the choice look at recordings as they are: what is asked of single leads may lose by it.
+
     Args:
         model: frozen, with what adapts it; layer: the linear layer of the head.
         embedding, targets: of the training records, (records, record_size) and (records, head_size), see
@@ -270,14 +273,28 @@ def settled(task: Task, trained: LinearHead, embedding: np.ndarray, targets: np.
     return LinearHead(weight.astype(np.float32), (bias - weight @ center).astype(np.float32))
 
 
-def settle_all(model: Any, labels: dict[str, Tensor], train: Records, validation: Records) -> None:
-    """Let all heads of a model settle. Labels that have parts get outputs for these first, which start as the model's
+def settle_all(
+    model: Any,
+    labels: dict[str, Tensor],
+    train: Records,
+    validation: Records,
+    names: Sequence[str] | None = None,
+) -> None:
+    """Let the heads of a model settle. Labels that have parts get outputs for these first, which start as the model's
     own answers for them.
 
     Args:
         labels: task to the training records' truth, whatever labels the model learned from.
+        names: of the tasks, *optional*, defaults to all.
+
+    Raises:
+        ValueError: the model has no such task.
     """
-    for name, task in list(model.tasks.items()):
+    chosen = list(model.tasks) if names is None else names
+    if unknown := sorted(set(chosen) - set(model.tasks)):
+        raise ValueError(f"settle names {', '.join(unknown)}; this model has {', '.join(model.tasks)}")
+    for name in chosen:
+        task = model.tasks[name]
         whole = TASKS.get(name, task)
         if whole.parts and whole.without_parts().reads_like(task) and whole.parts_task in model.tasks:
             own: Any = model.heads[f"head_{name}"]
@@ -290,6 +307,7 @@ def settle_all(model: Any, labels: dict[str, Tensor], train: Records, validation
                 model.heads[f"head_{name}"], LinearHead(weight.detach().cpu().numpy(), bias.detach().cpu().numpy())
             )
     embedding = embed(model, train, torch.arange(len(train.record_ids)))
-    for name, task in model.tasks.items():
+    for name in chosen:
+        task = model.tasks[name]
         if name in labels and name in validation.labels:
             settle(model, model.heads[f"head_{name}"], task, embedding, head_targets(task, labels), validation)

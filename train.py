@@ -82,6 +82,10 @@ class TrainingArguments:
     hard_labels: list[str] = field(
         default_factory=list, metadata={"help": "tasks whose labels stay as they are beside --soft_labels"}
     )
+    settle: list[str] | None = field(
+        default=None,
+        metadata={"help": "tasks whose heads settle at the end, all where not given; see linear_heads.py"},
+    )
     report_min_count: int = field(default=40, metadata={"help": "words in fewer reports are no targets"})
 
     def __post_init__(self) -> None:
@@ -168,7 +172,7 @@ def fit_on_splits(
         start_at_base_rates(model, train.labels)
 
     def finish(trained: Any) -> None:
-        settle_all(trained, truth, train, validation)
+        settle_all(trained, truth, train, validation, arguments.settle)
 
     return fit(model, extractor, train, validation, data, arguments, accelerator, finish)
 

@@ -244,3 +244,16 @@ def test_a_model_gets_outputs_for_parts_that_start_as_its_own_answers() -> None:
         grown[5:], statements[[TASKS["statements"].labels.index(part) for part in task.part_names]]
     )
     assert predict_logits(model, records, torch.device("cpu"))["superclass"].shape == (40, 5)
+
+
+def test_only_the_heads_that_are_named_settle() -> None:
+    records = synthetic_records(60)
+    model = tiny_model().eval()
+    records.labels["age"] = torch.linspace(20.0, 80.0, 60)[:, None]
+    records.labels["sex"] = torch.from_numpy((np.arange(60) % 2).astype(np.float32))[:, None]
+    before = {name: model.heads[f"head_{name}"].weight.detach().clone() for name in ("age", "sex")}
+    settle_all(model, dict(records.labels), records, records, ["age"])
+    assert not torch.equal(model.heads["head_age"].weight, before["age"])
+    assert torch.equal(model.heads["head_sex"].weight, before["sex"])
+    with pytest.raises(ValueError, match="settle names height; this model has age, "):
+        settle_all(model, {}, records, records, ["height"])
