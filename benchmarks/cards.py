@@ -22,8 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quality_fold9.json"
 DATASET = {"id": "ecg-moe/ptb-xl", "config": "100hz", "split": "validation"}
 NOTE = (
-    "Temperatures, thresholds, intervals, the adapters' epochs, whether heads settle and one of two seeds were chosen "
-    "on this fold, and the recipe after looking at it: the figures lean to the good side."
+    "Temperatures, slopes, thresholds, intervals, the adapters' epochs and whether heads settle were chosen on this "
+    "fold, and the recipe after looking at it: the figures lean to the good side."
 )
 MODEL_ROW, ADAPTER_ROW = "ECG-MoE, joint heads", "ECG-MoE, adapters"
 
