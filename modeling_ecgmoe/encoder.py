@@ -184,6 +184,17 @@ def read_head(outputs: Tensor, task: Task, period_s: Tensor) -> Tensor:
     if not task.parts:
         return outputs
     own, *parts = outputs.split([task.num_outputs, *(len(task.parts[label]) for label in task.labels)], dim=1)
-    # -log prod (1 - p); its logit is log(e^x - 1).
-    absent = torch.stack([functional.softplus(each.float()).sum(dim=1) for each in parts], dim=1).clamp(min=1e-4)
-    return 0.5 * (own + (absent + torch.log(1.0 - torch.exp(-absent))).to(own.dtype))
+    absent = torch.stack([_softplus(each.float()).sum(dim=1) for each in parts], dim=1).clamp(min=1e-5)
+    return 0.5 * (own + _logit_of_any(absent).to(own.dtype))
+
+
+def _softplus(logits: Tensor) -> Tensor:
+    """-log (1 - p), by its series where p is small: there log (1 + x) of exported graphs loses its digits."""
+    x = torch.exp(logits.clamp(max=-4.0))
+    return torch.where(logits < -4.0, x * (1.0 - x * (0.5 - x / 3.0)), functional.softplus(logits))
+
+
+def _logit_of_any(absent: Tensor) -> Tensor:
+    """log (e^x - 1), the logit of 1 - prod (1 - p) from x = -log prod (1 - p), by its series where x is small."""
+    series = torch.log(absent) - absent * (0.5 - absent / 24.0)
+    return absent + torch.where(absent < 0.1, series, torch.log(1.0 - torch.exp(-absent.clamp(min=0.1))))

@@ -265,6 +265,17 @@ def test_a_label_made_of_parts_is_true_where_any_of_them_is() -> None:
     assert logits[1, 1] > 7.0
 
 
+def test_parts_keep_their_digits_where_they_are_small() -> None:
+    task = Task("block", "multi_label", "of the heart", "block", ("any",), parts={"any": ["LAFB", "CLBBB"]},
+        parts_task="statements")  # fmt: skip
+    raw = torch.linspace(-11.0, 11.0, 500)
+    outputs = torch.stack([torch.zeros(500), raw, raw.flip(0) - 11.0], dim=1)
+    absent = torch.nn.functional.softplus(outputs[:, 1:].double()).sum(dim=1)
+    expected = 0.5 * (absent + torch.log(-torch.expm1(-absent)))
+    found = read_head(outputs, task, torch.zeros(500))[:, 0].double()
+    torch.testing.assert_close(found, expected, atol=3e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
