@@ -183,8 +183,9 @@ def read_head(outputs: Tensor, task: Task, period_s: Tensor) -> Tensor:
         return torch.where(period_s[:, None] > 0, measured + CORRECTION_SHARE * outputs, outputs)
     if not task.parts:
         return outputs
-    own, *parts = outputs.split([task.num_outputs, *(len(task.parts[label]) for label in task.labels)], dim=1)
-    absent = torch.stack([_softplus(each.float()).sum(dim=1) for each in parts], dim=1).clamp(min=1e-5)
+    own, parts = outputs[:, : task.num_outputs], _softplus(outputs[:, task.num_outputs :].float())
+    of_labels = parts.split([len(task.parts[label]) for label in task.labels], dim=1)
+    absent = torch.stack([each.sum(dim=1) for each in of_labels], dim=1).clamp(min=1e-5)
     return 0.5 * (own + _logit_of_any(absent).to(own.dtype))
 
 
