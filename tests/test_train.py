@@ -120,9 +120,7 @@ def test_heads_have_settled_when_training_ends(pretrained: Path) -> None:
     lines = [json.loads(line) for line in (pretrained / "log.jsonl").read_text().splitlines()]
     assert [line.get("finished") for line in lines] == [None, True]
     assert lines[1]["age_mae"] <= lines[0]["age_mae"] + 1e-3
-    model = EcgMoeForTasks.from_pretrained(pretrained / "model")
-    assert model.tasks["superclass"] == TASKS["superclass"]
-    assert model.heads["head_superclass"].weight.shape[0] == 49
+    assert EcgMoeForTasks.from_pretrained(pretrained / "model").tasks["superclass"] == TASKS["superclass"]
 
 
 def test_the_arguments_are_saved_without_the_paths_of_this_machine(adapted: Path, workplace: Path) -> None:
