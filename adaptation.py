@@ -349,8 +349,8 @@ def fit_adapter(
     if arguments.settle:
         adapted: EcgMoeForTasks = model.base_model.model
         head = adapted.get_submodule(f"heads.head_{task.name}.modules_to_save.{task.name}")
-        embedding = embed(adapted, train, torch.arange(int(train.record_of.max()) + 1))
-        settle(adapted, head, task, embedding, head_targets(task, train.labels), validation)
+        truth = head_targets(task, train.labels)
+        settle(head, task, embed(adapted, train), truth, embed(adapted, validation), targets)
 
 
 def prior_errors_of(records: Records) -> np.ndarray:

@@ -21,7 +21,8 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import KFold
 from torch import Tensor, nn
 
-from evaluation import point_metric, predict_logits
+from evaluation import point_metric
+from modeling_ecgmoe.encoder import read_head
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeForTasks, task_loss
 from modeling_ecgmoe.tasks import TASKS, Task
 from records import EncodedRecords, Records, mean_of_windows
@@ -102,11 +103,9 @@ def _places_of_parts(task: Task) -> list[int]:
 
 def with_tasks_of_parts(tasks: list[Task]) -> list[Task]:
     """The tasks, and those that their parts are labels of."""
-    names = {task.name for task in tasks}
-    return [
-        *tasks,
-        *(TASKS[name] for name in dict.fromkeys(t.parts_task for t in tasks if t.parts) if name not in names),
-    ]
+    wanted = {task.name: task for task in tasks}
+    of_parts = {task.parts_task: TASKS[task.parts_task] for task in tasks if task.parts}
+    return list((wanted | {name: task for name, task in of_parts.items() if name not in wanted}).values())
 
 
 def _set_head(layer: Any, head: LinearHead) -> None:
@@ -116,13 +115,16 @@ def _set_head(layer: Any, head: LinearHead) -> None:
 
 
 @torch.inference_mode()
-def embed(model: nn.Module, records: Records | EncodedRecords, chosen: Tensor, batch_size: int = 64) -> np.ndarray:
-    """The model's embedding of some records as they are, (records, record_size), the mean of each one's windows.
+def embed(
+    model: nn.Module, records: Records | EncodedRecords, chosen: Tensor | None = None, batch_size: int = 64
+) -> np.ndarray:
+    """The model's embedding of records as they are, (records, record_size), the mean of each one's windows.
 
     Args:
-        chosen: (n,) of the records, rising.
+        chosen: (n,) of the records, rising, *optional*, defaults to all.
     """
     model.eval()
+    chosen = torch.unique(records.record_of) if chosen is None else chosen
     device = next(model.parameters()).device
     parts = []
     windows = torch.isin(records.record_of, chosen).nonzero()[:, 0]
@@ -196,36 +198,31 @@ def _fit(task: Task, penalty: float, inputs: np.ndarray, targets: np.ndarray) ->
 
 
 def settle(
-    model: nn.Module,
-    layer: Any,
-    task: Task,
-    embedding: np.ndarray,
-    targets: np.ndarray,
-    validation: Records | EncodedRecords,
+    layer: Any, task: Task, embedding: np.ndarray, targets: np.ndarray, held_out: np.ndarray, labels: np.ndarray
 ) -> None:
     """Let a trained head settle, where that makes its main metric on validation better.
 
     Both the fit and the choice look at recordings as they are: what is asked of single leads may lose by it.
 
     Args:
-        model: frozen, with what adapts it; layer: the linear layer of the head.
+        layer: the linear layer of the head.
         embedding, targets: of the training records, (records, record_size) and (records, head_size), see
             `head_targets`.
+        held_out, labels: of the validation records, (records, record_size) and (records, outputs).
     """
     if task.prior or task.kind == "multi_class":  # it corrects a measurement; its logits compete with each other
         return
 
-    def measure() -> float:
-        logits = predict_logits(model, validation, next(model.parameters()).device, [task.name])[task.name]
-        return point_metric(task, validation.labels[task.name].numpy(), logits)
+    def measure(head: LinearHead) -> float:
+        outputs = torch.from_numpy(head.logits(held_out))
+        return point_metric(task, labels, read_head(outputs, task, torch.zeros(len(outputs))).numpy())
 
     trained = LinearHead(*(p.detach().cpu().numpy().copy() for p in (layer.weight, layer.bias)))
-    before = measure()
-    _set_head(layer, settled(task, trained, embedding, targets))
-    after = measure()
+    other = settled(task, trained, embedding, targets)
+    before, after = measure(trained), measure(other)
     logger.info("%s: settling, %s on validation %.4f to %.4f", task.name, task.metric, before, after)
-    if not (after < before if task.kind == "regression" else after > before):
-        _set_head(layer, trained)
+    if after < before if task.kind == "regression" else after > before:
+        _set_head(layer, other)
 
 
 def settled(task: Task, trained: LinearHead, embedding: np.ndarray, targets: np.ndarray) -> LinearHead:
@@ -306,8 +303,9 @@ def settle_all(
             _set_head(
                 model.heads[f"head_{name}"], LinearHead(weight.detach().cpu().numpy(), bias.detach().cpu().numpy())
             )
-    embedding = embed(model, train, torch.arange(len(train.record_ids)))
+    embedding, held_out = embed(model, train), embed(model, validation)
     for name in chosen:
         task = model.tasks[name]
         if name in labels and name in validation.labels:
-            settle(model, model.heads[f"head_{name}"], task, embedding, head_targets(task, labels), validation)
+            layer, truth = model.heads[f"head_{name}"], validation.labels[name].numpy()
+            settle(layer, task, embedding, head_targets(task, labels), held_out, truth)

@@ -188,17 +188,19 @@ class Ablations:
             raise ValueError(
                 f"adapter {adapter['name']}: unknown {', '.join(unknown)}; known are rank, scope, adapting"
             )
-        arguments = AdaptArguments(**self.settings["adapting"] | adapter.get("adapting", {}), seed=seed)
+        # What is compared is what LoRA learns; the full model has plain heads, which have not settled.
+        how = {"settle": False} | self.settings["adapting"] | adapter.get("adapting", {})
+        arguments, tasks = AdaptArguments(**how, seed=seed), self.settings["adapter_tasks"]
         raw = self.adapter_records()
         fitted, chosen_on, measured = raw if scope != "fusion" else self.encoded(folder, raw)
         answers, trained = {}, 0
-        for name in self.settings["adapter_tasks"]:
+        for name, task in ((name, TASKS[name].without_parts()) for name in tasks):
             set_seed(seed)
             model = EcgMoeForTasks.from_pretrained(folder, dtype=torch.float32)
-            wrapped = adapted(model, TASKS[name], adapter["rank"], scope, arguments)
+            wrapped = adapted(model, task, adapter["rank"], scope, arguments)
             trained = max(trained, sum(p.numel() for p in wrapped.parameters() if p.requires_grad))
-            fit_adapter(wrapped, TASKS[name], fitted, chosen_on, arguments, Accelerator())
-            answers[name] = TASKS[name].answers(predict_logits(wrapped, measured, CPU, [name])[name])
+            fit_adapter(wrapped, task, fitted, chosen_on, arguments, Accelerator())
+            answers[name] = task.answers(predict_logits(wrapped, measured, CPU, [name])[name])
         self.measure(adapter["name"], self.how_adapter(adapter), trained, answers)
 
     def adapter_records(self) -> tuple[Records, Records, Records]:

@@ -42,7 +42,7 @@ from modeling_ecgmoe.lora import lora_model
 from modeling_ecgmoe.metrics import bootstrap_difference, bootstrap_interval, find_metric
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeForTasks
 from modeling_ecgmoe.tasks import TASKS, Task
-from records import DataArguments, EncodedRecords, Records, as_is, batches, crop, disturb, load_split, mean_of_windows
+from records import DataArguments, EncodedRecords, Records, as_is, crop, disturb, load_split
 
 logger = logging.getLogger(__name__)
 
@@ -163,12 +163,10 @@ class Material(NamedTuple):
         )
 
 
-@torch.inference_mode()
 def encode(model: EcgMoeForTasks, records: Records) -> Material:
     """Run the backbone once."""
     encoded = EncodedRecords(model, records, CPU)
-    parts = [model.ecgmoe(encoder_output=batch["encoded"]).pooler_output for batch in batches(encoded)]
-    return Material(records, encoded, mean_of_windows(torch.cat(parts), records.record_of).numpy())
+    return Material(records, encoded, embed(model, encoded))
 
 
 def draw(
@@ -292,10 +290,10 @@ def cnn_answers(
     for chosen in sorted({at for _, at in best.values()}):
         cnn.load_state_dict(weights[chosen])
         answered = [task for task in tasks if best[task.name][1] == chosen]
-        embedding = embed(cnn, few.fit.records, torch.arange(len(few.fit.records.record_ids)))
+        embedding, held_out = embed(cnn, few.fit.records), embed(cnn, few.inner.records)
         for task in answered:  # as the adapters do
-            targets = head_targets(task, few.fit.records.labels)
-            settle(cnn, cnn.heads[f"head_{task.name}"], task, embedding, targets, few.inner.records)
+            targets, labels = (head_targets(task, part.records.labels) for part in (few.fit, few.inner))
+            settle(cnn.heads[f"head_{task.name}"], task, embedding, targets, held_out, labels)
         logits = predict_logits(cnn, few.test.records, CPU)
         answers |= {task.name: task.answers(logits[task.name]) for task in answered}
     return answers

@@ -341,7 +341,7 @@ def calibrate(
             own, truth = logits[of, output], targets[of, output]
             shifts[output] = best_shift(own, truth, card.temperature / slopes[output])
             if task.num_outputs > 1:  # of a single one the temperature is the slope
-                slopes[output] = best_slope(own + shifts[output], truth, card.temperature)
+                slopes[output] = card.temperature / best_temperature(task, own + shifts[output], truth)
     card.shifts = [round(float(shift), 4) for shift in shifts] if shifted else []
     card.slopes = [round(float(slope), 4) for slope in slopes] if (slopes != 1.0).any() else []
     if task.kind != "multi_class":
@@ -372,16 +372,6 @@ def best_shift(logits: np.ndarray, truth: np.ndarray, temperature: float) -> flo
         return float((np.logaddexp(0.0, scaled) - truth * scaled).mean())
 
     return float(minimize_scalar(loss, bounds=(-4.0, 4.0), method="bounded").x)
-
-
-def best_slope(logits: np.ndarray, truth: np.ndarray, temperature: float) -> float:
-    """What one label's logits (records,) must be multiplied by for the lowest log-loss at a temperature."""
-
-    def loss(log_slope: float) -> float:
-        scaled = logits * np.exp(log_slope) / temperature
-        return float((np.logaddexp(0.0, scaled) - truth * scaled).mean())
-
-    return float(np.exp(minimize_scalar(loss, bounds=(-2.0, 2.0), method="bounded").x))
 
 
 def calibrate_intervals(

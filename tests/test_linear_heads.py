@@ -205,7 +205,8 @@ def test_a_head_keeps_its_answer_where_settling_does_not_better_it() -> None:
     records.labels["sex"] = torch.from_numpy(
         (predict_logits(model, records, torch.device("cpu"), ["sex"])["sex"] > 0).astype(np.float32)
     )
-    settle(model, layer, TASKS["sex"], embedding, shuffled, records)  # the trained head is perfect on these labels
+    # The trained head is perfect on these labels.
+    settle(layer, TASKS["sex"], embedding, shuffled, embedding, records.labels["sex"].numpy())
     torch.testing.assert_close(layer.weight.detach(), before)
 
 
