@@ -10,6 +10,7 @@ gradients leave rare labels to a handful of steps, where discriminants and balan
 """
 
 import logging
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from records import EncodedRecords, Records, mean_of_windows
 logger = logging.getLogger("train")
 
 PENALTIES = tuple(10.0**power for power in range(6))  # of the squared weights of a standardised embedding
+SHARES = tuple(0.5**power for power in range(1, 8))  # of a discriminant's evidence
 FOLDS = 5
 MAX_RECORDS = 2000  # more change the start little, and take long
 BALANCED_PENALTY = 5.0  # of the squared weights of a balanced regression, over the records of the rarer class
@@ -137,7 +139,10 @@ def embed(
 
 
 def fit_linear_head(task: Task, embedding: np.ndarray, targets: np.ndarray, seed: int = 0) -> LinearHead:
-    """Ridge or logistic regression, with the penalty of the lowest cross-validated loss.
+    """Ridge regression, or Fisher's discriminant of each label or class against the rest.
+
+    Cross-validation chooses how much they may say, by the lowest loss: the penalty of the one, the share that counts
+    of the other's evidence, which is overconfident where there are fewer records than dimensions.
 
     Args:
         embedding: (records, record_size).
@@ -148,50 +153,53 @@ def fit_linear_head(task: Task, embedding: np.ndarray, targets: np.ndarray, seed
     embedding, targets = embedding[known].astype(np.float64), targets[known].astype(np.float64)
     center, scale = embedding.mean(axis=0), embedding.std(axis=0) + 1e-6
     inputs = (embedding - center) / scale
-    penalty = PENALTIES[len(PENALTIES) // 2]
+    candidates = _ridges if task.kind == "regression" else _discriminants
+    heads = candidates(task, inputs, targets)
+    best = len(heads) // 2
     if len(targets) >= 2 * FOLDS:
-        folds = list(KFold(FOLDS, shuffle=True, random_state=seed).split(inputs))
+        folds = KFold(FOLDS, shuffle=True, random_state=seed).split(inputs)
         losses = [
-            np.mean([_loss(task, _fit(task, each, inputs[a], targets[a]), inputs[b], targets[b]) for a, b in folds])
-            for each in PENALTIES
+            [_loss(task, head, inputs[held], targets[held]) for head in candidates(task, inputs[fit], targets[fit])]
+            for fit, held in folds
         ]
-        penalty = PENALTIES[int(np.argmin(losses))]
-    head = _fit(task, penalty, inputs, targets)
-    weight = head.weight / scale
-    return LinearHead(weight.astype(np.float32), (head.bias - weight @ center).astype(np.float32))
+        best = int(np.mean(losses, axis=0).argmin())
+    weight = heads[best].weight / scale
+    return LinearHead(weight.astype(np.float32), (heads[best].bias - weight @ center).astype(np.float32))
 
 
 def _loss(task: Task, head: LinearHead, inputs: np.ndarray, targets: np.ndarray) -> float:
     return float(task_loss(task, torch.from_numpy(head.logits(inputs)), torch.from_numpy(targets)))
 
 
-def _fit(task: Task, penalty: float, inputs: np.ndarray, targets: np.ndarray) -> LinearHead:
-    """One fit; outputs without an example stay at their base rate."""
-    weight, known = np.zeros((targets.shape[1], inputs.shape[1])), np.isfinite(targets)
-    if task.kind == "regression":
-        standard = (targets[known[:, 0], 0] - task.center) / task.spread
-        ridge = Ridge(alpha=penalty).fit(inputs[known[:, 0]], standard)
-        return LinearHead(ridge.coef_[None], np.array([ridge.intercept_]))
-    counts = np.where(known, targets, 0.0).sum(axis=0)
-    rates = (counts + 0.5) / (known.sum(axis=0) + 1.0)
-    regression = LogisticRegression(C=1.0 / penalty, max_iter=500)
-    if task.kind == "multi_class":
-        bias = np.log(rates)
-        present = np.flatnonzero(counts)
-        if len(present) > 1:
-            regression.fit(inputs, targets.argmax(axis=1))
-            both = len(present) == 2  # then the one row says how far the second is above the first
-            weight[present] = np.vstack([-regression.coef_, regression.coef_]) / 2 if both else regression.coef_
-            ends = [-regression.intercept_, regression.intercept_]
-            bias[present] = np.concatenate(ends) / 2 if both else regression.intercept_
-        return LinearHead(weight, bias)
-    bias = np.log(rates / (1.0 - rates))
+def _ridges(task: Task, inputs: np.ndarray, targets: np.ndarray) -> list[LinearHead]:
+    """A regression for each of the penalties."""
+    known = np.isfinite(targets[:, 0])
+    standard = (targets[known, 0] - task.center) / task.spread
+    ridges = [Ridge(alpha=penalty).fit(inputs[known], standard) for penalty in PENALTIES]
+    return [LinearHead(ridge.coef_[None], np.array([ridge.intercept_])) for ridge in ridges]
+
+
+def _discriminants(task: Task, inputs: np.ndarray, targets: np.ndarray) -> list[LinearHead]:
+    """The discriminants with each share of their evidence; outputs without an example stay at their base rate."""
+    known = np.isfinite(targets)
+    rates = (np.where(known, targets, 0.0).sum(axis=0) + 0.5) / (known.sum(axis=0) + 1.0)
+    odds = np.log(rates / (1.0 - rates))
+    weight, bias = np.zeros((targets.shape[1], inputs.shape[1])), odds.copy()
     for output, column in enumerate(targets.T):
-        seen = known[:, output]
-        if 0 < column[seen].sum() < seen.sum():  # one example says more than none
-            regression.fit(inputs[seen], column[seen] > 0.5)
-            weight[output], bias[output] = regression.coef_[0], regression.intercept_[0]
-    return LinearHead(weight, bias)
+        seen, positive = inputs[known[:, output]], column[known[:, output]] > 0.5
+        if len(seen) > 2 and 0 < positive.sum() < len(seen):  # one example says more than none
+            fisher = _fisher(seen, positive)
+            weight[output], bias[output] = fisher.coef_[0], fisher.intercept_[0]
+    return [LinearHead(share * weight, share * (bias - odds) + odds) for share in SHARES]
+
+
+def _fisher(inputs: np.ndarray, positive: np.ndarray) -> LinearDiscriminantAnalysis:
+    """Fisher's discriminant, shrunk the more the fewer records there are (Friedman 1989)."""
+    records, size = inputs.shape
+    fisher = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=size / (size + records))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Only one sample available")  # a single example has a mean all the same
+        return fisher.fit(inputs, positive)
 
 
 # ------------------------------------------------------------------------------------------------------------ settling
@@ -228,9 +236,9 @@ def settle(
 def settled(task: Task, trained: LinearHead, embedding: np.ndarray, targets: np.ndarray) -> LinearHead:
     """The mean of a trained head and of other linear answers to the same questions.
 
-    Of a label these are Fisher's discriminant, shrunk the more the fewer records there are (Friedman 1989), and a
-    logistic regression that weighs both classes alike. All are brought to the mean and spread of the trained head's
-    logits over the training records before they are averaged. Of a regression it is a ridge regression.
+    Of a label these are Fisher's discriminant and a logistic regression that weighs both classes alike. All are
+    brought to the mean and spread of the trained head's logits over the training records before they are averaged. Of
+    a regression it is a ridge regression.
 
     Args:
         embedding: (records, record_size).
@@ -254,8 +262,7 @@ def settled(task: Task, trained: LinearHead, embedding: np.ndarray, targets: np.
         rarer = min(positive.sum(), (~positive).sum())
         if records < 3 or not rarer:
             continue
-        shrinkage = size / (size + records)
-        fisher = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage).fit(seen, positive)
+        fisher = _fisher(seen, positive)
         balanced = LogisticRegression(C=rarer / (BALANCED_PENALTY * records), class_weight="balanced", max_iter=200)
         balanced.fit(seen, positive)
         directions = np.stack([weight[output], fisher.coef_[0], balanced.coef_[0]])
