@@ -12,6 +12,7 @@ status 2, which `accelerate launch` turns into 1; its `-q` keeps it from adding 
 
 import dataclasses
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -312,9 +313,13 @@ def _labels_of_crop(labels: dict[str, Tensor], signal: dict[str, Tensor]) -> dic
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases, norms and the state space's dynamics do not."""
+    """Matrices decay; biases, norms, the state space's dynamics, routers and their experts do not.
+
+    Decay reaches every expert at each step, tokens only some: those that win less often starve under a strong one.
+    """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    plain = [p for name, p in named if p.ndim < 2 or "log_" in name or "frequency" in name]
+    spared = re.compile(r"log_|frequency|\.router\.|\.experts\.")
+    plain = [p for name, p in named if p.ndim < 2 or spared.search(name)]
     kept = {id(p) for p in plain}
     return [
         {"params": [p for _, p in named if id(p) not in kept], "weight_decay": weight_decay},

@@ -5,7 +5,8 @@
 
 The fit takes folds 1-8, and fold 9 for the percentiles. Measured is on fold 9: how well the `quality` head, the
 feature extractor's report and the distance from the training data find the recordings that PTB-XL marks as noisy, and
-how well distance and probe tell recordings that were spoiled on purpose from the same recordings as they are.
+how well distance and probe tell recordings that were spoiled on purpose from the same recordings as they are. Lead I
+alone has a probe of its own and is compared with itself.
 """
 
 import json
@@ -17,6 +18,7 @@ from typing import Any
 import datasets
 import numpy as np
 import torch
+from scipy.special import expit
 from transformers import HfArgumentParser
 
 from benchmarks.quality import origin
@@ -24,6 +26,7 @@ from modeling_ecgmoe.adapters import SIGNAL_KEYS, MultiTask
 from modeling_ecgmoe.feature_extraction_ecgmoe import Prepared
 from modeling_ecgmoe.leads import LEADS, LIMB_FROM_I_II, find_lead
 from modeling_ecgmoe.metrics import MetricResult, bootstrap_interval
+from modeling_ecgmoe.record_answers import SWAPPED
 from modeling_ecgmoe.tasks import TASKS
 from modeling_ecgmoe.temporal import mean_and_max
 from modeling_ecgmoe.typicality import TYPICALITY_FILE, Typicality, fit_typicality
@@ -32,6 +35,9 @@ from records import DataArguments, Records, batches, load_split
 COMMAND = "python -m benchmarks.refusal --data_dir ptb-xl"
 SUSPICIOUS = 0.05  # the share of the recordings that is refused
 REMARKS = TASKS["quality"].labels
+ELECTRODES = "arm electrode probe"
+ALL, LEAD_I = slice(None), slice(LEADS.index("I"), LEADS.index("I") + 1)
+ARMS, UPSIDE_DOWN, TURNED = "arm electrodes swapped", "all leads upside down", "lead I alone, upside down"
 WHITE_NOISE_MV, FLAT_NOISE_MV, EEG_MV = 0.2, 0.005, 0.05
 # What the arms' electrodes measure when they change places: I turns around, II and III, aVR and aVL change places.
 SWAPPED_ARMS = {"I": (-1.0, "I"), "II": (1.0, "III"), "III": (1.0, "II"), "aVR": (1.0, "aVL"), "aVL": (1.0, "aVR")}
@@ -91,8 +97,8 @@ SPOILED: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
     f"white noise, {WHITE_NOISE_MV:g} mV": of_electrodes(white_noise, WHITE_NOISE_MV),
     f"flat lines with noise of {1000 * FLAT_NOISE_MV:g} µV": of_electrodes(white_noise, FLAT_NOISE_MV),
     f"1/f noise as of an EEG, {1000 * EEG_MV:g} µV": of_electrodes(pink_noise, EEG_MV),
-    "arm electrodes swapped": lambda signal, rng: swap_arms(signal),
-    "all leads upside down": lambda signal, rng: -signal,
+    ARMS: lambda signal, rng: swap_arms(signal),
+    UPSIDE_DOWN: lambda signal, rng: -signal,
     "amplitude x 2": lambda signal, rng: 2.0 * signal,
     "amplitude x 10": lambda signal, rng: 10.0 * signal,
 }
@@ -133,8 +139,9 @@ def see(
     rows: datasets.Dataset,
     spoil: Callable[[np.ndarray, np.random.Generator], np.ndarray] | None = None,
     seed: int = 0,
+    leads: Sequence[str] | None = None,
 ) -> Seen:
-    """The model's view of the first window of each row, spoiled or as it is."""
+    """The model's view of the first window of each row, spoiled or as it is, of all its leads or of some."""
     rng = np.random.default_rng(seed)
     prepared: list[tuple[int, Prepared]] = []
     parts: list[dict[str, np.ndarray]] = []
@@ -153,6 +160,8 @@ def see(
                     f"row {index} has the leads {names}; only recordings in the order of {LEADS} are spoiled"
                 )
             signal = spoil(signal, rng).astype(np.float32)
+        if leads is not None:
+            signal, names = signal[[names.index(lead) for lead in leads]], list(leads)
         try:
             record = many.prepare(signal, rate, names)
         except ValueError:
@@ -194,31 +203,45 @@ def _outputs(many: MultiTask, signal: dict[str, torch.Tensor]) -> dict[str, np.n
 def fit(many: MultiTask, train: Records, reference: Records) -> Typicality:
     """What is typical for a model: see `modeling_ecgmoe.typicality`."""
 
-    def look_at(records: Records, swapped: bool) -> np.ndarray:
+    def look_at(records: Records, change: Callable[[np.ndarray], np.ndarray], leads: slice = ALL) -> np.ndarray:
         parts = []
         for batch in batches(records):
-            signal = batch["signal"]
-            if swapped:
-                signal = signal | {"input_values": torch.from_numpy(swap_arms(signal["input_values"].numpy()))}
+            signal = dict(batch["signal"])
+            kept = torch.zeros_like(signal["lead_mask"])
+            kept[:, leads] = signal["lead_mask"][:, leads]
+            # The encoder silences what is not kept.
+            signal |= {"input_values": torch.from_numpy(change(signal["input_values"].numpy())), "lead_mask": kept}
             parts.append(mean_and_max(*many.encoder(**signal).memories()["tokens"]).numpy())
         return np.concatenate(parts)
 
-    return fit_typicality(many.base, look_at(train, False), look_at(train, True), look_at(reference, False))
+    return fit_typicality(
+        many.base,
+        look_at(train, np.array),
+        look_at(train, swap_arms),
+        look_at(reference, np.array),
+        lead_i=look_at(train, np.array, LEAD_I),
+        lead_i_swapped=look_at(train, np.negative, LEAD_I),
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- measure
 
 
-def suspicion(seen: Seen, typicality: Typicality) -> dict[str, np.ndarray]:
-    """Scores (records,) from 0 to 1, high where something is wrong, by their names in the table."""
+def suspicion(seen: Seen, typicality: Typicality, lead_i: bool = False) -> dict[str, np.ndarray]:
+    """Scores (records,) from 0 to 1, high where something is wrong, by their names in the table.
+
+    Args:
+        lead_i: it was lead I alone, of which no distance is known.
+    """
     distances = typicality.distances(seen.features)
-    return {
+    scores = {
         "quality head": 1.0 - np.prod(1.0 - seen.remarks, axis=1),
         "signal report": seen.report / (1.0 + seen.report),
         "beat likeness": (1.0 - seen.likeness) / 2.0,
         "typicality": distances / (1.0 + distances),
-        "arm electrode probe": 1.0 / (1.0 + np.exp(-typicality.swap_logits(seen.features))),
+        ELECTRODES: expit(typicality.swap_logits(seen.features, lead_i)),
     }
+    return {name: score for name, score in scores.items() if not (lead_i and name == "typicality")}
 
 
 def find_bad(
@@ -293,16 +316,23 @@ def measure(many: MultiTask, rows: datasets.Dataset, arguments: RefusalArguments
             found = find_bad(scores, truth, list(patients), arguments.resamples)
             row = {"recordings": f"marked by PTB-XL: {name.replace('_', ' ')}", "n": int(truth.sum())}
             table.append(row | {key: value.to_dict() for key, value in found.items()})
-    for name, spoil in SPOILED.items():
-        spoiled = see(many, rows, spoil, arguments.seed)
-        bad = suspicion(spoiled, typicality)
-        both = {key: np.concatenate([scores[key], bad[key]]) for key in scores}
-        truth = np.repeat([0.0, 1.0], [len(clean.rows), len(spoiled.rows)])
-        whose = np.concatenate([patients, np.array(plain["patient_id"][:])[spoiled.rows]])
+    warned: dict[str, dict[str, float]] = {}
+    lead_i = see(many, rows, leads=["I"])
+    comparisons = [(name, clean, see(many, rows, spoil, arguments.seed)) for name, spoil in SPOILED.items()]
+    comparisons.append((TURNED, lead_i, see(many, rows, SPOILED[UPSIDE_DOWN], leads=["I"])))
+    for name, right, wrong in comparisons:
+        good, bad = (suspicion(seen, typicality, lead_i=right is lead_i) for seen in (right, wrong))
+        both = {key: np.concatenate([good[key], bad[key]]) for key in good}
+        truth = np.repeat([0.0, 1.0], [len(right.rows), len(wrong.rows)])
+        whose = np.array(plain["patient_id"][:])[np.concatenate([right.rows, wrong.rows])]
         found = find_bad(both, truth, list(whose), arguments.resamples)
-        table.append({"recordings": name, "n": len(spoiled.rows)} | {k: v.to_dict() for k, v in found.items()})
+        table.append({"recordings": name, "n": len(wrong.rows)} | {k: v.to_dict() for k, v in found.items()})
+        if name in (ARMS, TURNED):
+            shares = {"found": bad[ELECTRODES], "false": good[ELECTRODES]}
+            warned[name] = {key: float((probabilities > SWAPPED).mean()) for key, probabilities in shares.items()}
     details = {
         "share_marked": float(marked.mean()),
+        "share_warned_of_swapped_arms": warned,
         "marked_among_the_5_percent_most_suspicious": {name: value.to_dict() for name, value in among.items()},
         "answers": {
             f"{'refused' if which else 'kept'} by {name}": errors_of(

@@ -131,8 +131,9 @@ def answer(logits: np.ndarray, card: dict, rr_s: np.ndarray) -> str:
         return f"{value:.1f} {task['unit']}{shown}"
     if task["kind"] == "multi_class":
         return task["labels"][int(np.argmax(logits))]
-    shifted = (logits + np.array(card.get("shifts") or 0.0)) * np.array(card.get("slopes") or 1.0)
-    given = 1 / (1 + np.exp(-shifted / card["temperature"])) >= np.array(card["thresholds"] or 0.5)
+    shifted = logits + np.array(card.get("shifts") or 0.0)
+    curved = shifted * np.array(card.get("slopes") or 1.0) + np.tanh(shifted) * np.array(card.get("bends") or 0.0)
+    given = 1 / (1 + np.exp(-curved / card["temperature"])) >= np.array(card["thresholds"] or 0.5)
     if task["kind"] == "binary":
         return task["labels"][int(given[0])]
     return ", ".join(label for label, is_given in zip(task["labels"], given, strict=True) if is_given) or "no label"

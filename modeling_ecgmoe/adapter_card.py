@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from huggingface_hub import ModelCardData
-from scipy.optimize import minimize_scalar
+from scipy.optimize import minimize, minimize_scalar
 
 from .configuration_ecgmoe import PRETRAINING_TASKS
 from .tasks import PRIORS, TASKS, Task
@@ -18,10 +18,10 @@ CARD_FILE = "task.json"
 # What adapters call their base until they are published; the fingerprint in their card is what is checked.
 BASE_MODEL = "ecg-moe/ecg-moe-base"
 # Fields of a card that came later: where they are empty they are left out, and the file is as it always was.
-LATER_FIELDS = ("group_bounds", "group_half_widths", "relative_widths", "shifts", "slopes")
-# A label has a shift and a slope of its own where it has so many validation records with and without it; temperature,
-# shifts and slopes take turns.
-MIN_SHIFT_RECORDS, SHIFT_ROUNDS = 20, 8
+LATER_FIELDS = ("group_bounds", "group_half_widths", "relative_widths", "shifts", "slopes", "bends")
+# A label has a shift and a slope of its own where it has so many validation records with and without it, and a bend
+# where it has so many.
+MIN_SHIFT_RECORDS, MIN_BEND_RECORDS = 20, 200
 # The intervals of a regression are by groups of its truth, so many where each has so many validation records.
 MAX_GROUPS, MIN_GROUP_RECORDS = 6, 100
 ABBREVIATIONS = ("auprc", "auroc", "ece", "mae", "rmse")
@@ -49,6 +49,7 @@ class AdapterCard:
             `mean_rr_error_ms` of each record (Lei et al. 2018, section 5.2).
         shifts: what is added to each output's logit, and slopes: what it is multiplied by then, beside the temperature
             (B and A of Platt 2000); empty: nothing, and one.
+        bends: how much steeper it is near nought, as multiples of the shifted logit's tanh; empty: nothing.
     """
 
     task: Task
@@ -65,6 +66,7 @@ class AdapterCard:
     relative_widths: bool = False
     shifts: list[float] = field(default_factory=list)
     slopes: list[float] = field(default_factory=list)
+    bends: list[float] = field(default_factory=list)
 
     def save(self, folder: Path) -> None:
         """Write `task.json`."""
@@ -237,7 +239,10 @@ class AdapterCard:
     def calibrated(self, logits: np.ndarray) -> np.ndarray:
         """The calibrated logits (..., outputs) of a classification."""
         shifted = logits + np.array(self.shifts or 0.0, logits.dtype)
-        return shifted * np.array(self.slopes or 1.0, logits.dtype) / self.temperature
+        curved = shifted * np.array(self.slopes or 1.0, logits.dtype)
+        if self.bends:
+            curved = curved + np.tanh(shifted) * np.array(self.bends, logits.dtype)
+        return curved / self.temperature
 
     def probabilities(self, logits: np.ndarray) -> np.ndarray:
         """The calibrated probabilities (..., outputs) of a classification's logits."""
@@ -330,20 +335,16 @@ def calibrate(
         calibrate_intervals(card, task.answers(logits)[known], targets[known], num_leads, errors)
         return
 
+    card.temperature, card.shifts, card.slopes, card.bends = best_temperature(task, logits, targets), [], [], []
     positive = np.where(known, targets, 0.0).sum(axis=0)
-    often = np.minimum(positive, known.sum(axis=0) - positive) >= MIN_SHIFT_RECORDS
-    shifted = task.kind != "multi_class" and bool(often.any())
-    shifts, slopes = np.zeros(task.num_outputs), np.ones(task.num_outputs)
-    for _ in range(SHIFT_ROUNDS if shifted else 1):
-        card.temperature = best_temperature(task, (logits + shifts) * slopes, targets)
-        for output in np.flatnonzero(often) if shifted else ():
-            of = known[:, output]
-            own, truth = logits[of, output], targets[of, output]
-            shifts[output] = best_shift(own, truth, card.temperature / slopes[output])
-            if task.num_outputs > 1:  # of a single one the temperature is the slope
-                slopes[output] = card.temperature / best_temperature(task, own + shifts[output], truth)
-    card.shifts = [round(float(shift), 4) for shift in shifts] if shifted else []
-    card.slopes = [round(float(slope), 4) for slope in slopes] if (slopes != 1.0).any() else []
+    rarer = np.minimum(positive, known.sum(axis=0) - positive)
+    if task.kind != "multi_class" and (rarer >= MIN_SHIFT_RECORDS).any():
+        curves = np.tile([0.0, 1.0, 0.0], (task.num_outputs, 1))
+        for output in np.flatnonzero(rarer >= MIN_SHIFT_RECORDS):
+            of, bent = known[:, output], rarer[output] >= MIN_BEND_RECORDS
+            curves[output] = best_curve(logits[of, output], targets[of, output], card.temperature, bent)
+        card.shifts, card.slopes, card.bends = (np.round(values, 4).tolist() for values in curves.T)
+        card.bends = card.bends if any(card.bends) else []
     if task.kind != "multi_class":
         probabilities = card.probabilities(logits)
         card.thresholds = [
@@ -364,14 +365,22 @@ def best_temperature(task: Task, logits: np.ndarray, targets: np.ndarray) -> flo
     return float(np.exp(minimize_scalar(loss, bounds=(-2.0, 2.0), method="bounded").x))
 
 
-def best_shift(logits: np.ndarray, truth: np.ndarray, temperature: float) -> float:
-    """What must be added to one label's logits (records,) for the lowest log-loss at a temperature."""
+def best_curve(logits: np.ndarray, truth: np.ndarray, temperature: float, bent: bool) -> np.ndarray:
+    """Shift, slope and bend of one label's logits (records,) for the lowest log-loss at a temperature.
 
-    def loss(shift: float) -> float:
-        scaled = (logits + shift) / temperature
-        return float((np.logaddexp(0.0, scaled) - truth * scaled).mean())
+    With a bend the curve is steeper near nought than at its ends. It rises everywhere, so that no order is lost.
 
-    return float(minimize_scalar(loss, bounds=(-4.0, 4.0), method="bounded").x)
+    Args:
+        bent: whether it may have a bend.
+    """
+
+    def loss(curve: np.ndarray) -> float:
+        shifted = logits.astype(np.float64) + curve[0]
+        told = (curve[1] * shifted + curve[2] * np.tanh(shifted)) / temperature
+        return float((np.logaddexp(0.0, told) - truth * told).mean())
+
+    bounds = [(-4.0, 4.0), (0.1, 10.0), (0.0, 10.0 if bent else 0.0)]
+    return np.asarray(minimize(loss, [0.0, 1.0, 0.0], bounds=bounds, method="L-BFGS-B").x)
 
 
 def calibrate_intervals(

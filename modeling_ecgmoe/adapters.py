@@ -27,9 +27,10 @@ from .encoder import EcgMoeEncoderOutput, read_head
 from .feature_extraction_ecgmoe import EcgMoeFeatureExtractor, Prepared
 from .folding import WEIGHTS_FILE, Backbone, folded
 from .fusion import Fusion
+from .leads import LEADS
 from .stacking import CONFIG_FILE, AdapterWeights, StackedFusion
 from .temporal import mean_and_max
-from .typicality import UNKNOWN_TYPICALITY, Typicality
+from .typicality import Typicality
 
 if TYPE_CHECKING:
     from .modeling_ecgmoe import EcgMoeForTasks
@@ -71,6 +72,7 @@ HASHED_FIELDS = (
 )
 # Where `MultiTask.logits` puts what `typicality` looks at; no task can be called so.
 FEATURES = "features of the backbone"
+LEAD_I_ALONE = np.array([lead == "I" for lead in LEADS])
 SIGNAL_KEYS = ("input_values", "lead_mask", "sample_mask", "r_peaks", "rr_intervals_s", "period_s")
 
 
@@ -244,7 +246,7 @@ class MultiTask:
         if no other has some.
 
         Where the model knows what is typical, the `quality` of each recording then says how typical its windows of all
-        twelve leads are, None where it has none.
+        twelve leads are, and whether the arms' electrodes are swapped there or in lead I alone; None of other leads.
         """
         windows = [window for record in prepared for window in record.windows]
         parts = [self.logits(windows[i : i + batch_size]) for i in range(0, len(windows), batch_size)]
@@ -256,9 +258,11 @@ class MultiTask:
             num_leads = int(min(window["lead_mask"].sum() for window in record.windows))
             if self.typicality is not None and features is not None:
                 # It knows what is typical of twelve leads: of fewer, everything is untypical.
-                whole = np.array([window["lead_mask"].all() for window in record.windows])
-                seen = features[start:end][whole]
-                record.quality |= self.typicality.report(seen) if len(seen) else UNKNOWN_TYPICALITY
+                masks = np.stack([window["lead_mask"] for window in record.windows])
+                lead_i = (masks == LEAD_I_ALONE).all(axis=1)
+                record.quality |= self.typicality.report(
+                    features[start:end][masks.all(axis=1)], features[start:end][lead_i]
+                )
             has_rr = np.array([(window["rr_intervals_s"] > 0).any() for window in record.windows])
             every = np.ones_like(has_rr)
             measured = has_rr if has_rr.any() else every

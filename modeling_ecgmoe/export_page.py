@@ -92,8 +92,10 @@ A regression is `logit * spread + center` in its unit, its interval `half_widths
 leads it holds for), with `relative_widths` times (SD of the RR intervals + 10 ms) / their number. Where
 `group_half_widths` has the same key, true values between two `group_bounds` have a half-width of their own, and the
 interval reaches as far as there are values whose half-width is at least their distance from the answer. Nothing is
-below `minimum`. `examples/run_onnx.py` computes it. Classes are `sigmoid((logit + shift) / temperature)`, or the
-softmax of a multi class task; a label is given from its threshold on. All of it is in `tasks.json`.
+below `minimum`. `examples/run_onnx.py` computes it. With `x = logit + shift`, labels have the probability
+`sigmoid((slope * x + bend * tanh(x)) / temperature)` (no shift is 0, no slope 1, no bend 0), classes of a multi class
+task the softmax of their logits over the temperature; a label is given from its threshold on. All of it is in
+`tasks.json`.
 
 ## Run
 

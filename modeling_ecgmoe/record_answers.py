@@ -114,7 +114,8 @@ def find_warnings(quality: dict[str, Any]) -> list[str]:
     elif (likeness := quality.get("beat_likeness")) is not None and likeness < UNLIKE_BEATS:
         found.append("its beats are not like each other: noise or no ECG; do not rely on the answers")
     elif (quality.get("arm_electrodes_swapped") or 0.0) > SWAPPED:
-        found.append("the electrodes of the arms seem to be swapped")
+        held = " or the recorder to be held the other way round" if quality["leads"] == ["I"] else ""
+        found.append(f"the electrodes of the arms seem to be swapped{held}")
     if quality["beats"] < 2:
         found.append("fewer than two beats were found")
     if quality["clipped"] > NOTED_SHARE:

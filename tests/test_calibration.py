@@ -101,6 +101,27 @@ def test_a_slope_of_each_label_mends_what_one_temperature_cannot(tmp_path: Path)
     assert AdapterCard.load(tmp_path).slopes == card.slopes
 
 
+def test_a_label_that_is_too_sure_at_its_ends_alone_is_bent(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0.0, 3.0, (26_000, 1))
+    honest = 0.5 * logits + 1.5 * np.tanh(logits)
+    truth = (rng.random(honest.shape) < expit(honest)).astype(float)
+    part = np.arange(26_000) < 6000
+    card = AdapterCard(TASKS["sex"], "abc")
+    calibrate(card, logits[part], truth[part])
+    assert card.slopes[0] / card.temperature == pytest.approx(0.5, abs=0.08)
+    assert card.bends[0] / card.temperature == pytest.approx(1.5, abs=0.2)
+    told, straight = card.probabilities(logits[~part]), expit(logits[~part] / card.temperature)
+    after, before = (bootstrap_interval("ece", truth[~part], p, resamples=0).value for p in (told, straight))
+    assert after < 0.012
+    assert before > 2 * after
+    assert (np.diff(card.probabilities(np.linspace(-9.0, 9.0, 100)[:, None])[:, 0]) > 0).all()
+    card.save(tmp_path)
+    np.testing.assert_array_equal(AdapterCard.load(tmp_path).probabilities(logits), card.probabilities(logits))
+    calibrate(card, logits[:300], truth[:300])
+    assert card.bends == []
+
+
 def test_a_rare_label_is_not_shifted() -> None:
     logits, truth = exaggerated_logits(1000, seed=0)
     truth[:, 1] = np.arange(1000) < 19

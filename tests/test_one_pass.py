@@ -284,7 +284,7 @@ def test_a_new_field_at_its_default_keeps_the_fingerprint_and_another_value_does
 
 def test_published_adapters_name_the_published_model(published: MultiTask) -> None:
     bases = {json.loads((ROOT / "hub/adapters" / name / "task.json").read_text())["base"] for name in PUBLISHED}
-    assert bases == {published.base} == {"7abfee2cfa7a06fc"}
+    assert bases == {published.base} == {"980b0fc9d5f5c96d"}
 
 
 @pytest.mark.parametrize("part", ["encoder.temporal.norm.weight", "fusion.out_proj.bias"])
@@ -376,3 +376,11 @@ def test_what_is_typical_is_unknown_where_leads_are_missing(published: MultiTask
     published.answer([whole, few])
     assert 0.0 <= whole.quality["typicality"] <= 100.0
     assert few.quality["typicality"] is few.quality["arm_electrodes_swapped"] is None
+
+
+def test_a_hand_held_recorder_turned_round_is_noticed(published: MultiTask) -> None:
+    lead_i = synthetic_ecg(sampling_rate=250, duration_s=10, seed=3).ecg.signal[:1]
+    held, turned = published.prepare(lead_i, 250, ["I"]), published.prepare(-lead_i, 250, ["I"])
+    published.answer([held, turned])
+    assert held.quality["typicality"] is turned.quality["typicality"] is None
+    assert held.quality["arm_electrodes_swapped"] < 0.1 < 0.9 < turned.quality["arm_electrodes_swapped"]

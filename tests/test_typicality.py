@@ -1,6 +1,7 @@
 """What is typical: noise is not, the file beside the weights is checked, and a model without it answers as before."""
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def features(count: int, seed: int) -> np.ndarray:
 @pytest.fixture(scope="module")
 def fitted() -> Typicality:
     training = features(2000, seed=0)
-    return fit_typicality("abc", training, training + 1.5, features(1000, seed=1))
+    return fit_typicality("abc", training, training + 1.5, features(1000, seed=1), training, training - 1.5)
 
 
 def hearts(count: int, seed: int = 0) -> list[np.ndarray]:
@@ -64,7 +65,8 @@ def test_percentiles_say_how_many_are_farther_away(fitted: Typicality) -> None:
 def test_the_distance_does_not_care_for_units(fitted: Typicality) -> None:
     scale = np.array([1, 10, 100, 1, 1, 0.1, 1, 1], np.float32)
     training = features(2000, seed=0)
-    other = fit_typicality("abc", training * scale, training * scale, features(1000, seed=1) * scale)
+    same = training * scale
+    other = fit_typicality("abc", same, same, features(1000, seed=1) * scale, same, same)
     fresh = features(100, seed=3)
     np.testing.assert_allclose(other.distances(fresh * scale), fitted.distances(fresh), rtol=1e-3)
 
@@ -73,11 +75,24 @@ def test_the_probe_finds_what_was_swapped(fitted: Typicality) -> None:
     fresh = features(500, seed=4)
     assert np.mean(fitted.swap_logits(fresh) < 0) > 0.8
     assert np.mean(fitted.swap_logits(fresh + 1.5) > 0) > 0.8
+    assert np.mean(fitted.swap_logits(fresh, lead_i=True) < 0) > 0.8
+    assert np.mean(fitted.swap_logits(fresh - 1.5, lead_i=True) > 0) > 0.8
+
+
+def test_lead_i_is_asked_where_there_is_nothing_else(fitted: Typicality) -> None:
+    fresh, nothing = features(20, seed=4), features(0, seed=4)
+    assert fitted.report(nothing, nothing) == {"typicality": None, "arm_electrodes_swapped": None}
+    turned = fitted.report(nothing, fresh - 1.5)
+    assert turned["typicality"] is None
+    assert turned["arm_electrodes_swapped"] > 0.5 > fitted.report(nothing, fresh)["arm_electrodes_swapped"]
+    assert fitted.report(fresh, fresh - 1.5) == fitted.report(fresh, nothing)
 
 
 def test_too_few_recordings_are_refused() -> None:
     with pytest.raises(ValueError, match=r"expected more than 8 training features.*use more recordings"):
-        fit_typicality("abc", features(8, 0), features(8, 1), features(8, 2))
+        fit_typicality("abc", features(8, 0), *(features(9, seed) for seed in range(4)))
+    with pytest.raises(ValueError, match=r"expected more than 8.*two or more of each.*\(1, 8\); use more recordings"):
+        fit_typicality("abc", *(features(9, seed) for seed in range(4)), features(1, 5))
 
 
 # The file
@@ -90,7 +105,7 @@ def test_the_file_comes_back_as_it_was(fitted: Typicality, tmp_path: Path) -> No
     assert again is not None
     fresh = features(10, seed=5)
     np.testing.assert_array_equal(again.distances(fresh), fitted.distances(fresh))
-    assert again.report(fresh) == fitted.report(fresh)
+    assert again.report(fresh, fresh) == fitted.report(fresh, fresh)
 
 
 def test_no_file_is_no_error(tmp_path: Path) -> None:
@@ -144,8 +159,8 @@ def test_the_quality_of_a_recording_says_how_typical_it_is(model: Path, tmp_path
     before = quality_of(many, hearts(1, seed=500)[0])
     assert "typicality" not in before
 
-    def look_at(signals: list[np.ndarray]) -> np.ndarray:
-        windows = [many.prepare(signal, 100.0, LEADS).windows[0] for signal in signals]
+    def look_at(signals: list[np.ndarray], leads: Sequence[str] = LEADS) -> np.ndarray:
+        windows = [many.prepare(signal[: len(leads)], 100.0, leads).windows[0] for signal in signals]
         batch = many.extractor.pad(windows, return_tensors="pt")
         with torch.inference_mode():
             encoded = many.encoder(**{name: batch[name] for name in many.extractor.model_input_names})
@@ -153,7 +168,8 @@ def test_the_quality_of_a_recording_says_how_typical_it_is(model: Path, tmp_path
 
     signals = hearts(60)
     swapped = [swap_arms(signal) for signal in signals]
-    typicality = fit_typicality(many.base, look_at(signals), look_at(swapped), look_at(hearts(30, seed=300)))
+    lead_i = (look_at(each, ("I",)) for each in (signals, swapped))
+    typicality = fit_typicality(many.base, look_at(signals), look_at(swapped), look_at(hearts(30, seed=300)), *lead_i)
     path = typicality.save(model)
     try:
         knowing = MultiTask.from_pretrained(model)
@@ -231,6 +247,10 @@ def test_a_pipeline_of_changed_weights_says_nothing_of_what_is_typical(caplog: p
         ({"typicality": 0.3}, "less typical than 99.7 % of the recordings that the model was checked on: a rare"),
         ({"typicality": 0.0, "arm_electrodes_swapped": 0.99}, "less typical than all the recordings"),
         ({"typicality": None, "arm_electrodes_swapped": 0.95}, "the electrodes of the arms seem to be swapped"),
+        (
+            {"typicality": None, "arm_electrodes_swapped": 0.95, "leads": ["I"]},
+            "the electrodes of the arms seem to be swapped or the recorder to be held the other way round",
+        ),
         ({"beats": 1}, "fewer than two beats were found"),
         ({"clipped": 0.12}, "12% of the samples are beyond what the model sees"),
         ({"beat_likeness": 0.21}, "its beats are not like each other: noise or no ECG"),
@@ -242,6 +262,7 @@ def test_a_pipeline_of_changed_weights_says_nothing_of_what_is_typical(caplog: p
 )
 def test_what_to_know_of_a_recording_is_said_in_words(changes: dict[str, Any], warning: str) -> None:
     quality: dict[str, Any] = {"beats": 12, "clipped": 0.0, "missing": 0.0, "flat_leads": [], "windows_refused": 0}
+    quality["leads"] = list(LEADS)
     assert find_warnings(quality | {"typicality": 50.0, "arm_electrodes_swapped": 0.01}) == []
     (found,) = find_warnings(quality | changes)
     assert found.startswith(warning)

@@ -69,7 +69,7 @@ class EcgMoeConfig(PreTrainedConfig):
     paths: list[str] | tuple[str, ...] = PATHS
     hidden_size: int = 128
     conv_channels: list[int] | tuple[int, ...] = (32, 64, 128, 192)
-    conv_kernels: list[int] | tuple[int, ...] = (9, 5, 3, 3)
+    conv_kernels: list[int] | tuple[int, ...] = (9, 3, 3, 3)
     conv_blocks: list[int] | tuple[int, ...] = (1, 1, 1)
     ssm_channels: int = 96
     ssm_states: int = 16

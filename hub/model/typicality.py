@@ -3,7 +3,8 @@
 The distance is Mahalanobis' (Lee et al. 2018), with mean and shrunk covariance (Ledoit and Wolf 2004) of the training
 split, between features of the backbone: mean and extremes of its tokens, which the fusion reads too. The embedding
 that the fusion writes keeps what the tasks ask for, and noise looks more like an ECG there. Whether the electrodes of
-the arms are swapped, a logistic regression on the same features says.
+the arms are swapped, a logistic regression on the same features says: one of twelve leads, and one of lead I alone,
+which turns around where a hand-held recorder does.
 
 All of it lies in a file beside the weights, `typicality.safetensors`, written by `python -m benchmarks.refusal --fit`.
 A model without the file answers as before and says nothing of either.
@@ -32,7 +33,8 @@ class Typicality:
         base: fingerprint of the model, see `adapters.fingerprint`.
         mean: (d,), whitening: (d, d); the distance of x is the length of `whitening @ (x - mean)`.
         quantiles: (q,), rising distances; the first and the last are the least and the greatest.
-        swap_weight: (d,), swap_bias: (1,), of the log-odds that the arm electrodes are swapped.
+        swap_weight: (2, d), swap_bias: (2,), of the log-odds that the arm electrodes are swapped: from twelve leads,
+            and from lead I alone.
     """
 
     base: str
@@ -71,7 +73,7 @@ class Typicality:
         if found != base:
             raise ValueError(f"{path} was fitted to the model {found}, this one is {base}; {FIT_AGAIN}")
         size, shapes = values["mean"].size, {name: value.shape for name, value in values.items()}
-        expected = {"mean": (size,), "whitening": (size, size), "swap_weight": (size,), "swap_bias": (1,)}
+        expected = {"mean": (size,), "whitening": (size, size), "swap_weight": (2, size), "swap_bias": (2,)}
         fits = all(shapes[name] == shape for name, shape in expected.items())
         if not fits or values["quantiles"].ndim != 1 or len(values["quantiles"]) < 2:
             raise ValueError(f"{path} holds arrays that do not fit each other, {shapes}; {FIT_AGAIN}")
@@ -88,15 +90,25 @@ class Typicality:
         levels = np.linspace(100.0, 0.0, len(self.quantiles))
         return np.interp(distances, self.quantiles, levels)
 
-    def swap_logits(self, features: np.ndarray) -> np.ndarray:
-        """Log-odds that the arm electrodes are swapped, (n,), for features (n, d)."""
-        return features @ self.swap_weight + self.swap_bias
+    def swap_logits(self, features: np.ndarray, lead_i: bool = False) -> np.ndarray:
+        """Log-odds (n,) of swapped arm electrodes, from features (n, d) of twelve leads or of lead I alone."""
+        return features @ self.swap_weight[int(lead_i)] + self.swap_bias[int(lead_i)]
 
-    def report(self, features: np.ndarray) -> dict[str, Any]:
-        """What `quality` says of one recording with windows (n, d): the mean distance and the mean log-odds count."""
-        percentile = float(self.percentiles(self.distances(features).mean(keepdims=True))[0])
-        swapped = float(expit(self.swap_logits(features).mean()))
-        return {"typicality": round(percentile, 1), "arm_electrodes_swapped": round(swapped, 4)}
+    def report(self, whole: np.ndarray, lead_i: np.ndarray) -> dict[str, Any]:
+        """What `quality` says of one recording: of its windows the mean distance and the mean log-odds count.
+
+        Args:
+            whole: (n, d), features of its windows of twelve leads.
+            lead_i: (m, d), of its windows of lead I alone, which are looked at where there are no others.
+        """
+        found = dict(UNKNOWN_TYPICALITY)
+        if len(whole):
+            percentile = float(self.percentiles(self.distances(whole).mean(keepdims=True))[0])
+            found["typicality"] = round(percentile, 1)
+        if len(whole) or len(lead_i):
+            logits = self.swap_logits(whole) if len(whole) else self.swap_logits(lead_i, lead_i=True)
+            found["arm_electrodes_swapped"] = round(float(expit(logits.mean())), 4)
+        return found
 
 
 UNKNOWN_TYPICALITY: dict[str, Any] = {"typicality": None, "arm_electrodes_swapped": None}
@@ -106,7 +118,14 @@ def _arrays() -> list[str]:
     return [field.name for field in fields(Typicality) if field.name != "base"]
 
 
-def fit_typicality(base: str, training: np.ndarray, swapped: np.ndarray, reference: np.ndarray) -> Typicality:
+def fit_typicality(
+    base: str,
+    training: np.ndarray,
+    swapped: np.ndarray,
+    reference: np.ndarray,
+    lead_i: np.ndarray,
+    lead_i_swapped: np.ndarray,
+) -> Typicality:
     """Learn what is typical.
 
     Args:
@@ -115,16 +134,18 @@ def fit_typicality(base: str, training: np.ndarray, swapped: np.ndarray, referen
         swapped: (n, d), of the same recordings with swapped arm electrodes.
         reference: (m, d), of recordings that the model was not trained on: its own training data look more typical to
             it than any others ever will, so that percentiles of their distances would be too low for everybody.
+        lead_i, lead_i_swapped: (l, d), of lead I alone of training recordings, as it is and turned around.
 
     Raises:
         ValueError: fewer recordings than dimensions, or shapes that do not fit.
         ImportError: scikit-learn is not installed (`pip install "ecg-moe[train]"`).
     """
     count, size = training.shape
-    if count <= size or swapped.shape[1] != size or reference.shape[1] != size or len(reference) < 2:
+    others = (swapped, reference, lead_i, lead_i_swapped)
+    if count <= size or any(values.shape[1] != size or len(values) < 2 for values in others):
         raise ValueError(
-            f"expected more than {size} training features and two references or more, of one width; found "
-            f"{training.shape}, swapped {swapped.shape}, reference {reference.shape}; use more recordings"
+            f"expected more than {size} training features and two or more of each of the others, of one width; found "
+            f"{training.shape}, then {', '.join(str(values.shape) for values in others)}; use more recordings"
         )
     if is_sklearn_available():  # not at the top: answers need no scikit-learn, and the Hub's copies ask for none
         from sklearn.covariance import LedoitWolf
@@ -133,19 +154,24 @@ def fit_typicality(base: str, training: np.ndarray, swapped: np.ndarray, referen
         raise ImportError('fitting needs scikit-learn, which is not installed; pip install "ecg-moe[train]"')
     # In units of their own spread, so that shrinking favours none of them; in float32 the smallest of the covariance's
     # eigenvalues would be lost.
-    training, swapped, reference = (np.asarray(values, np.float64) for values in (training, swapped, reference))
+    training = np.asarray(training, np.float64)
+    swapped, reference, lead_i, lead_i_swapped = (np.asarray(values, np.float64) for values in others)
     spread = training.std(axis=0) + 1e-6
     shrunk = LedoitWolf().fit(training / spread)
     variances, axes = np.linalg.eigh(shrunk.covariance_)
     mean, whitening = shrunk.location_ * spread, (axes / np.sqrt(variances)).T / spread
     distances = np.linalg.norm((reference - mean) @ whitening.T, axis=1)
-    both, truth = np.concatenate([training, swapped]) / spread, np.repeat([0, 1], [count, len(swapped)])
-    probe = LogisticRegression(C=0.1, max_iter=1000).fit(both, truth)
+    probes = [
+        LogisticRegression(C=0.1, max_iter=1000).fit(
+            np.concatenate([right, wrong]) / spread, np.repeat([0, 1], [len(right), len(wrong)])
+        )
+        for right, wrong in ((training, swapped), (lead_i, lead_i_swapped))
+    ]
     arrays = {
         "mean": mean,
         "whitening": whitening,
         "quantiles": np.quantile(distances, np.linspace(0, 1, NUM_QUANTILES)),
-        "swap_weight": probe.coef_[0] / spread,
-        "swap_bias": probe.intercept_,
+        "swap_weight": np.concatenate([probe.coef_ for probe in probes]) / spread,
+        "swap_bias": np.concatenate([probe.intercept_ for probe in probes]),
     }
     return Typicality(base, **{name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()})
