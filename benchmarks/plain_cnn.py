@@ -31,7 +31,7 @@ class PlainCnn(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tasks = {name: TASKS[name].without_parts() for name in PRETRAINING_TASKS}
-        config = EcgMoeConfig(conv_blocks=(1, 1, 2))
+        config = EcgMoeConfig(conv_kernels=(9, 5, 3, 3), conv_blocks=(1, 1, 2))
         self.stem = Stem(config)
         self.dropout = nn.Dropout(0.3)
         self.width = 2 * config.conv_channels[-1]
