@@ -17,8 +17,8 @@ from .feature_extraction_ecgmoe import Prepared
 BATCH_SIZE = 32
 # Percentile of `typicality`: almost all white noise lies below, and one in twenty of the ECGs of other hospitals.
 UNTYPICAL = 2.0
-# Of swapped arms 97 % lie above in PTB-XL's fold 9, 90 % in LUDB and 86 % in CinC 2021, of others .5, 0 and 0 %; of lead
-# I alone turned round 98, 95 and 83 %, of others .6, 0 and 9 %.
+# Of swapped arms 97 % lie above in PTB-XL's fold 9, 90 % in LUDB and 86 % in CinC 2021, of others .5, 0 and 0 %; of
+# lead I alone turned round 98, 95 and 83 %, of others .6, 0 and 9 %.
 SWAPPED = 0.9
 # Of white noise on one lead all lies below, of CinC 2017's 193 readable records and of PTB-XL's fold 9 one in 400.
 UNLIKE_BEATS = 0.5
