@@ -184,13 +184,14 @@ def _discriminants(task: Task, inputs: np.ndarray, targets: np.ndarray) -> list[
     known = np.isfinite(targets)
     rates = (np.where(known, targets, 0.0).sum(axis=0) + 0.5) / (known.sum(axis=0) + 1.0)
     odds = np.log(rates / (1.0 - rates))
-    weight, bias = np.zeros((targets.shape[1], inputs.shape[1])), odds.copy()
+    weight, evidence = np.zeros((targets.shape[1], inputs.shape[1])), np.zeros(targets.shape[1])
     for output, column in enumerate(targets.T):
         seen, positive = inputs[known[:, output]], column[known[:, output]] > 0.5
         if len(seen) > 2 and 0 < positive.sum() < len(seen):  # one example says more than none
             fisher = _fisher(seen, positive)
-            weight[output], bias[output] = fisher.coef_[0], fisher.intercept_[0]
-    return [LinearHead(share * weight, share * (bias - odds) + odds) for share in SHARES]
+            weight[output], evidence[output] = fisher.coef_[0], fisher.intercept_[0] - odds[output]
+    base = np.log(rates) if task.kind == "multi_class" else odds
+    return [LinearHead(share * weight, share * evidence + base) for share in SHARES]
 
 
 def _fisher(inputs: np.ndarray, positive: np.ndarray) -> LinearDiscriminantAnalysis:
