@@ -209,11 +209,15 @@ def task_of_column(name: str, data: DataArguments, arguments: AdaptArguments, tr
     return infer_task(name, column, texts, every, places, arguments.kind, arguments.unit, arguments.description)
 
 
+FAR = 4.0  # spreads from the centre of a known task: half of the labels there, and they are of another unit
+
+
 def check_labels(task: Task, data: DataArguments, records: dict[str, Records]) -> None:
     """Refuse a task before it is trained rather than after.
 
     Raises:
-        ValueError: the data have no such column, or a split no label, or not two different ones.
+        ValueError: the data have no such column, or a split no label, or not two different ones, or a known task's
+            numbers are of another unit.
     """
     for split, split_records in records.items():
         if task.name not in split_records.labels:
@@ -227,6 +231,12 @@ def check_labels(task: Task, data: DataArguments, records: dict[str, Records]) -
             raise ValueError(
                 f"task {task.name}: the {split} split has {found} in its {len(targets)} recordings, so nothing can be "
                 "learned or evaluated there; add recordings, or name other splits (--split_column)"
+            )
+        middle = float(np.median(targets[known, 0]))
+        if task.name in TASKS and task.kind == "regression" and abs(middle - task.center) > FAR * task.spread:
+            raise ValueError(
+                f"task {task.name} is in {task.unit}, around {task.center:g}; half of the {split} split's labels are "
+                f"below {middle:g}. Convert them to {task.unit}, or give a task of your own another name"
             )
         logger.info("task %s, %s: %s", task.name, split, spread_of(task, targets[known]))
         if not known.all():
