@@ -234,6 +234,8 @@ def test_half_precision_answers_nearly_alike(batch: dict[str, Tensor], dtype: to
     half = answers(tiny_model().eval().to(dtype), batch)
     assert half.dtype == dtype
     torch.testing.assert_close(half.float(), single, atol=0.15, rtol=0.05)
+    with torch.autocast("cpu", dtype):
+        torch.testing.assert_close(answers(tiny_model().eval(), batch).float(), single, atol=0.15, rtol=0.05)
 
 
 def test_a_signal_of_the_wrong_shape_is_refused_with_the_right_one(model: EcgMoeForTasks) -> None:
