@@ -9,17 +9,18 @@ for both. Adapters start from the full model of this run and are chosen on a par
 The JSON holds `data` and `training` (arguments of `train.py pretrain`), `seeds`, `tasks` to report, `config` that all
 variants share, `variants`, `adapting` (arguments of `train.py adapt`), `adapter_tasks`, `adapters`, `resamples`,
 `output_dir` and `out`. A variant has a `name` and may have `config` (fields to change; `tasks` as names), `without`
-(items to leave out of a list field) and `dense` (true: one feed-forward layer as large as the experts that are active
-in the full model). An adapter has a `name` and `rank`, and may have `scope`: fusion, all, or everything, which trains
-every weight, and `adapting` of its own. Rank 0 trains the head alone.
+(items to leave out of a list field), `dense` (true: one feed-forward layer as large as the experts that are active in
+the full model) and `seeds` of its own; means over seeds are compared. An adapter has a `name` and `rank`, and may have
+`scope`: fusion, all, or everything, which trains every weight, and `adapting` of its own. Rank 0: the head alone.
 
-Whatever is in `out` already under the same settings is not trained again. A variant that fails is named, and the
-others go on.
+Whatever is in `out` already under the same settings is not trained again, so two runs with other names in `--only` may
+share the work. A variant that fails is named, and the others go on.
 """
 
 import argparse
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -74,7 +75,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(f"{path}: each name may occur once, found twice: {', '.join(repeated)}")
-    if settings["variants"][:1] != [{"name": FULL}]:
+    first = settings["variants"][0] if settings["variants"] else {}
+    if {name: value for name, value in first.items() if name != "seeds"} != {"name": FULL}:
         raise ValueError(f'{path}: the first variant must be {{"name": "{FULL}"}}, to which all others are compared')
     return settings
 
@@ -85,9 +87,10 @@ def config_of(variant: dict[str, Any], shared: dict[str, Any]) -> EcgMoeConfig:
     Raises:
         ValueError: a key or field is unknown, or `without` names what the full model does not have.
     """
-    unknown = sorted(set(variant) - {"name", "config", "without", "dense"})
+    unknown = sorted(set(variant) - {"name", "config", "without", "dense", "seeds"})
     if unknown:
-        raise ValueError(f"variant {variant['name']}: unknown {', '.join(unknown)}; known are config, without, dense")
+        known = "known are config, without, dense, seeds"
+        raise ValueError(f"variant {variant['name']}: unknown {', '.join(unknown)}; {known}")
     full = build_config(variant["name"], shared)
     changes = dict(variant.get("config", {}))
     for name, items in variant.get("without", {}).items():
@@ -113,7 +116,7 @@ def build_config(variant: str, fields: dict[str, Any]) -> EcgMoeConfig:
 
 
 class Ablations:
-    """The run: recordings in memory, what is measured so far, and where it is written.
+    """The run: recordings in memory, and where what is measured is written.
 
     Args:
         settings: see the module.
@@ -123,9 +126,6 @@ class Ablations:
         self.settings = settings
         self.data = DataArguments(**settings["data"])
         self.folder, self.out = Path(settings["output_dir"]), Path(settings["out"])
-        self.done: dict[str, dict[str, Any]] = {}
-        if self.out.is_file():
-            self.done = json.loads(self.out.read_text(encoding="utf-8"))["details"]["measured"]
         full = config_of(settings["variants"][0], settings["config"])
         self.extractor = EcgMoeFeatureExtractor(sampling_rate=full.sampling_rate)
         tasks = [Task.from_dict(values) for values in (full.tasks or {}).values()]
@@ -135,13 +135,21 @@ class Ablations:
         )
         self._encoded: tuple[EncodedRecords, EncodedRecords, EncodedRecords] | None = None
 
+    def measured(self) -> dict[str, dict[str, Any]]:
+        """What the result file holds, by this run or another; nothing if it was compared to another full model."""
+        if not self.out.is_file():
+            return {}
+        before: dict[str, dict[str, Any]] = json.loads(self.out.read_text(encoding="utf-8"))["details"]["measured"]
+        return before if before.get(FULL, {}).get("how") == self.how_variant(self.settings["variants"][0]) else {}
+
     def folder_of(self, name: str) -> Path:
         """Where a variant's weights and answers lie."""
         return self.folder / "".join(c if c.isalnum() else "_" for c in name)
 
     def is_done(self, name: str, how: dict[str, Any]) -> bool:
         """Whether it was measured under these settings, and its answers are still there."""
-        return self.done.get(name, {}).get("how") == how and (self.folder_of(name) / "answers.safetensors").is_file()
+        answers = self.folder_of(name) / "answers.safetensors"
+        return self.measured().get(name, {}).get("how") == how and answers.is_file()
 
     # ------------------------------------------------------------------------------------------------------ variants
 
@@ -149,13 +157,18 @@ class Ablations:
         """All that decides about a variant's figures, as JSON has it."""
         config = config_of(variant, self.settings["config"])
         fields = {name: getattr(config, name) for name in sorted(EcgMoeConfig.__annotations__)}
-        how = {"config": fields, **{name: self.settings[name] for name in ("data", "training", "seeds")}}
+        how = {"config": fields, **{name: self.settings[name] for name in ("data", "training")}}
+        how["seeds"] = self.seeds_of(variant)
         return json.loads(json.dumps(how, default=list))
+
+    def seeds_of(self, variant: dict[str, Any]) -> list[int]:
+        """The seeds it is trained from."""
+        return list(variant.get("seeds", self.settings["seeds"]))
 
     def run_variant(self, variant: dict[str, Any]) -> None:
         """Train a variant from each seed and measure it."""
         name, answers, parameters = variant["name"], [], 0
-        for seed in self.settings["seeds"]:
+        for seed in self.seeds_of(variant):
             folder = self.folder_of(name) / f"seed{seed}"
             shutil.rmtree(folder, ignore_errors=True)
             how = {"evaluate_every": 1000} | self.settings["training"]  # by the last step alone
@@ -181,7 +194,7 @@ class Ablations:
 
     def run_adapter(self, adapter: dict[str, Any]) -> None:
         """Train an adapter for each task on the full model of the first seed and measure them."""
-        seed, scope = self.settings["seeds"][0], adapter.get("scope", "fusion")
+        seed, scope = self.seeds_of(self.settings["variants"][0])[0], adapter.get("scope", "fusion")
         folder = self.folder_of(FULL) / f"seed{seed}" / "model"
         unknown = sorted(set(adapter) - {"name", "rank", "scope", "adapting"})
         if unknown:
@@ -231,38 +244,43 @@ class Ablations:
                 continue
             task, found = TASKS[task_name], answers[task_name]
             targets = self.validation.labels[task_name].numpy()
-            copies = found.shape[1] // targets.shape[1]
             options: dict[str, Any] = {"resamples": self.settings["resamples"], "groups": self.validation.patient_ids}
-            value = bootstrap_interval(task.metric, np.tile(targets, (1, copies)), found, **options)
+            value = bootstrap_interval(task.metric, repeated(targets, found.shape[1]), found, **options)
             metrics[task_name] = short(value.to_dict(), task)
             if name != FULL:
-                full = self.full_answers()[task_name][:, : found.shape[1]]
-                difference = bootstrap_difference(task.metric, np.tile(targets, (1, copies)), full, found, **options)
+                full = self.reference(name)[task_name]
+                columns = math.lcm(full.shape[1], found.shape[1])
+                pair = (repeated(full, columns), repeated(found, columns))
+                difference = bootstrap_difference(task.metric, repeated(targets, columns), *pair, **options)
                 metrics[f"{task_name} minus full"] = short(difference.to_dict(), task)
-        self.done[name] = {"how": how, "parameters": parameters, "metrics": metrics}
-        self.write()
+        self.write(self.measured() | {name: {"how": how, "parameters": parameters, "metrics": metrics}})
         print(name, {key: round(metric["value"], 4) for key, metric in metrics.items()}, flush=True)
 
-    def full_answers(self) -> Answers:
-        """What the full model answers."""
-        return load_file(self.folder_of(FULL) / "answers.safetensors")
+    def reference(self, name: str) -> Answers:
+        """The full model's answers: from all seeds for a variant, from the first for adapters, which start at it."""
+        answers = load_file(self.folder_of(FULL) / "answers.safetensors")
+        if name in {variant["name"] for variant in self.settings["variants"]}:
+            return answers
+        seeds = len(self.seeds_of(self.settings["variants"][0]))
+        return {task: values[:, : values.shape[1] // seeds] for task, values in answers.items()}
 
-    def write(self) -> None:
+    def write(self, measured: dict[str, dict[str, Any]]) -> None:
         """The result file, in the order of the settings."""
         names = [variant["name"] for variant in self.settings["variants"] + self.settings["adapters"]]
         columns = [c for name in self.settings["tasks"] for c in (name, f"{name} minus full")]
         rows = []
-        for name in (n for n in names if n in self.done):
-            metrics = self.done[name]["metrics"]
+        for name in (n for n in names if n in measured):
+            metrics = measured[name]["metrics"]
             ordered = {column: metrics.get(column) for column in columns}
-            rows.append({"variant": name, "parameters": self.done[name]["parameters"], **ordered})
+            seeds = len(measured[name]["how"].get("seeds", "1"))  # an adapter has one
+            rows.append({"variant": name, "seeds": seeds, "parameters": measured[name]["parameters"], **ordered})
         result = {
             "name": self.out.stem,
             "command": "python -m benchmarks.ablations benchmarks/configs/ablations.json",
-            "seed": self.settings["seeds"][0],
+            "seed": self.seeds_of(self.settings["variants"][0])[0],
             **origin(),
             "data": {"set": "PTB-XL 1.0.3, 100 Hz, fold 9", "records": len(self.validation.record_ids)},
-            "details": {"measured": self.done},
+            "details": {"measured": measured},
             "rows": rows,
         }
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -277,6 +295,11 @@ def answers_of(model: EcgMoeForTasks, records: Records) -> Answers:
 def side_by_side(answers: Sequence[Answers]) -> Answers:
     """The answers of several seeds as columns, so that a metric over them is the mean of the seeds."""
     return {name: np.hstack([one[name] for one in answers]) for name in answers[0]}
+
+
+def repeated(values: np.ndarray, columns: int) -> np.ndarray:
+    """The same columns again and again, which leaves a mean over them what it is."""
+    return np.tile(values, (1, columns // values.shape[1]))
 
 
 def adapted(model: EcgMoeForTasks, task: Task, rank: int, scope: str, arguments: AdaptArguments) -> PeftModel:

@@ -11,7 +11,7 @@ from tiny_model import TINY_TASKS, tiny_model
 
 from adaptation import AdaptArguments
 from benchmarks import ablations
-from benchmarks.ablations import adapted, config_of, read_settings
+from benchmarks.ablations import Ablations, adapted, config_of, read_settings
 from benchmarks.tables import KEYS, render_table
 from modeling_ecgmoe.configuration_ecgmoe import EcgMoeConfig
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeForTasks
@@ -32,11 +32,11 @@ def settings(mini_ptb_xl: Path, tmp_path: Path) -> dict[str, Any]:
     return {
         "data": {"data_dir": str(mini_ptb_xl), "cache_dir": str(tmp_path / "cache"), "num_proc": 1},
         "training": {"batch_size": 8, "max_steps": 3},
-        "seeds": [0, 1],
+        "seeds": [0],
         "tasks": ["superclass", "age"],
         "config": tiny_config(),
         "variants": [
-            {"name": "full"},
+            {"name": "full", "seeds": [0, 1]},
             {"name": "of no such field", "config": {"depth": 3}},
             {"name": "dense, age alone", "dense": True, "config": {"tasks": ["age"]}},
         ],
@@ -62,7 +62,8 @@ def test_a_run_measures_what_it_can_names_what_failed_and_resumes(
     assert [row["variant"] for row in first["rows"]] == ["full", "dense, age alone", "head alone", "all weights"]
     assert full["age minus full"] is None
     assert dense["superclass"] is None
-    gap = dense["age"]["value"] - full["age"]["value"]
+    assert [full["seeds"], dense["seeds"], head["seeds"]] == [2, 1, 1]
+    gap = dense["age"]["value"] - full["age"]["value"]  # full's is the mean of its seeds
     assert dense["age minus full"]["value"] == pytest.approx(gap)
     assert dense["age minus full"]["low"] <= gap <= dense["age minus full"]["high"]
     assert head["parameters"] == tiny_model().heads["head_age"].weight.numel() + 1
@@ -82,13 +83,37 @@ def test_a_run_measures_what_it_can_names_what_failed_and_resumes(
     assert [row for row in second["rows"] if row["variant"] != "one path"] == first["rows"]
 
 
+def test_what_was_compared_to_another_full_model_is_forgotten(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings |= {"variants": settings["variants"][:1], "adapters": settings["adapters"][:1]}
+    path, out = tmp_path / "settings.json", tmp_path / "ablations.json"
+    path.write_text(json.dumps(settings))
+    ablations.main([str(path)])
+    assert [row["variant"] for row in json.loads(out.read_text())["rows"]] == ["full", "head alone"]
+    settings["training"]["max_steps"] = 2
+    path.write_text(json.dumps(settings))
+    ablations.main([str(path), "--only", "full"])
+    assert [row["variant"] for row in json.loads(out.read_text())["rows"]] == ["full"]
+
+
+def test_two_runs_side_by_side_share_the_result_file(settings: dict[str, Any], tmp_path: Path) -> None:
+    settings |= {"variants": [settings["variants"][0], settings["variants"][2]], "adapters": settings["adapters"][:1]}
+    path, out = tmp_path / "settings.json", tmp_path / "ablations.json"
+    path.write_text(json.dumps(settings))
+    ablations.main([str(path), "--only", "full"])
+    one, other = Ablations(settings), Ablations(settings)
+    one.run_variant(settings["variants"][1])
+    other.run_adapter(settings["adapters"][0])
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["variant"] for row in rows] == ["full", "dense, age alone", "head alone"]
+
+
 def test_every_variant_of_the_shipped_file_can_be_built() -> None:
     settings = read_settings(SHIPPED)
     full = config_of({"name": "full"}, settings["config"])
     for variant in settings["variants"]:
         config = config_of(variant, settings["config"])
         assert isinstance(EcgMoeForTasks(config), EcgMoeForTasks)
-        if set(variant) - {"name"}:
+        if set(variant) - {"name", "seeds"}:
             assert config.to_dict() != full.to_dict(), variant["name"]
     assert set(settings["tasks"]) <= set(full.tasks or {})
 
