@@ -335,17 +335,17 @@ class TrendFamily(nn.Module):
 
 
 class LeadConv(nn.Conv1d):
-    """A convolution of the leads in single precision even where all else runs in bfloat16.
+    """A convolution of the leads, on CPUs in single precision even where all else runs in bfloat16.
 
     With twelve channels and an even kernel, oneDNN 3.12 (torch 2.13) gives numbers that have nothing to do with the
     input in bfloat16 on processors with AMX, without a word.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.bfloat16 and not torch.is_autocast_enabled(x.device.type):
+        if x.device.type != "cpu" or (x.dtype != torch.bfloat16 and not torch.is_autocast_enabled("cpu")):
             return super().forward(x)
         bias = None if self.bias is None else self.bias.float()
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast("cpu", enabled=False):
             return self._conv_forward(x.float(), self.weight.float(), bias).to(self.weight.dtype)
 
 

@@ -1,6 +1,7 @@
 """The one pass: a folded backbone, stacked adapters as PEFT would run them, and adapters that come and go."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +261,17 @@ def test_an_id_may_name_a_revision(hub_cache: Path) -> None:
 def test_two_revisions_at_once_are_refused(hub: Path) -> None:
     with pytest.raises(ValueError, match="names revision v2, and revision='v3' was passed"):
         MultiTask.from_pretrained(hub / "model", []).load("me/tiny-sex@v2", revision="v3")
+
+
+def test_a_folder_of_adapters_stands_for_all_that_lie_in_it(hub: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(hub / "model", tmp_path / "model")
+    for task in ("age", "sex"):
+        shutil.copytree(hub / "adapters" / task, tmp_path / "mine" / task)
+    (tmp_path / "mine" / "checkpoint").mkdir()
+    assert list(MultiTask.from_pretrained(model, [str(tmp_path / "mine")]).cards) == ["age", "sex"]
+    assert list(MultiTask.from_pretrained(model, [str(tmp_path / "mine" / "sex")]).cards) == ["sex"]
+    with pytest.raises(FileNotFoundError, match=r"holds no task\.json"):
+        MultiTask.from_pretrained(model, [str(tmp_path / "mine" / "checkpoint")])
 
 
 # The fingerprint

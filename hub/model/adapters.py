@@ -165,9 +165,9 @@ class MultiTask:
 
         Args:
             model: a folder, or an id on the Hub.
-            tasks: names of adapters, or folders or ids of some; all that lie beside the model where not given. The
-                adapters of the folder `x/model` lie in `x/adapters/<task>`, those of the id `me/ecg-moe` are
-                `me/ecg-moe-<task>`.
+            tasks: names or ids of adapters, or folders that hold one or several; all that lie beside the model where
+                not given. The adapters of the folder `x/model` lie in `x/adapters/<task>`, those of the id
+                `me/ecg-moe` are `me/ecg-moe-<task>`.
             revision: of the model on the Hub.
 
         Names and ids of things on the Hub may end in a revision: `me/ecg-moe@v2`, `me/ecg-moe-age@v2`, `age@v2`.
@@ -399,7 +399,7 @@ def folder_of(source: str | Path, revision: str | None = None) -> Path:
 def _adapter_sources(model: str, folder: Path, tasks: Sequence[str] | None) -> list[str]:
     """Where the adapters of a model are."""
     beside = folder.parent / "adapters"
-    found = sorted(path.parent.name for path in beside.glob(f"*/{CARD_FILE}")) if Path(model).is_dir() else []
+    found = [path.name for path in _adapters_in(beside)] if Path(model).is_dir() else []
     if tasks is None and Path(model).is_dir():
         return [str(beside / name) for name in found]
     names = list(tasks) if tasks is not None else list(EcgMoeConfig.from_pretrained(folder).tasks or {})
@@ -408,9 +408,14 @@ def _adapter_sources(model: str, folder: Path, tasks: Sequence[str] | None) -> l
         if name in found:
             sources.append(str(beside / name))
         elif Path(name).is_dir() or "/" in name:
-            sources.append(name)
+            sources += [str(path) for path in _adapters_in(Path(name))] or [name]
         elif Path(model).is_dir():
             raise FileNotFoundError(f"no adapter {name!r} beside {model}; there are {', '.join(found) or 'none'}")
         else:
             sources.append(f"{model.partition('@')[0]}-{name}")
     return sources
+
+
+def _adapters_in(folder: Path) -> list[Path]:
+    """The adapters that lie in a folder, each in one of its own; none where the folder is an adapter itself."""
+    return [] if (folder / CARD_FILE).is_file() else sorted(path.parent for path in folder.glob(f"*/{CARD_FILE}"))
