@@ -209,7 +209,7 @@ def task_of_column(name: str, data: DataArguments, arguments: AdaptArguments, tr
     return infer_task(name, column, texts, every, places, arguments.kind, arguments.unit, arguments.description)
 
 
-FAR = 4.0  # spreads from the centre of a known task: half of the labels there, and they are of another unit
+FAR = 3.8  # spreads from the centre of a known task: half of the labels there, and they are of another unit
 
 
 def check_labels(task: Task, data: DataArguments, records: dict[str, Records]) -> None:

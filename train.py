@@ -60,7 +60,9 @@ class TrainingArguments:
     epochs: int = field(default=14, metadata={"help": "passes over the training split"})
     batch_size: int = field(default=64, metadata={"help": "records a step and process"})
     learning_rate: float = field(default=2e-3, metadata={"help": "highest learning rate of the one-cycle schedule"})
-    weight_decay: float = field(default=0.05, metadata={"help": "AdamW's decay of matrices"})
+    weight_decay: float = field(
+        default=0.05, metadata={"help": "AdamW's decay of matrices, not of routers and experts"}
+    )
     crop_s: float = field(default=5.12, metadata={"help": "seconds of each recording that a training step sees"})
     full_every: int = field(default=8, metadata={"help": "every so many steps see whole recordings, 0 for never"})
     ema_decay: float = field(default=0.998, metadata={"help": "moving average of the weights that is saved"})

@@ -13,14 +13,15 @@ variants share, `variants`, `adapting` (arguments of `train.py adapt`), `adapter
 the full model) and `seeds` of its own; means over seeds are compared. An adapter has a `name` and `rank`, and may have
 `scope`: fusion, all, or everything, which trains every weight, and `adapting` of its own. Rank 0: the head alone.
 
-Whatever is in `out` already under the same settings is not trained again, so two runs with other names in `--only` may
-share the work. A variant that fails is named, and the others go on.
+Whatever is in `out` already under the same settings is not trained again, so once `full` is there two runs with other
+names in `--only` may share the work. A variant that fails is named, and the others go on.
 """
 
 import argparse
 import json
 import logging
 import math
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -284,7 +285,9 @@ class Ablations:
             "rows": rows,
         }
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        part = self.out.with_suffix(f".{os.getpid()}")  # another run never reads half of it
+        part.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        part.replace(self.out)
 
 
 def answers_of(model: EcgMoeForTasks, records: Records) -> Answers:

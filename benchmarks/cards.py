@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quality_fold9.json"
 DATASET = {"id": "ecg-moe/ptb-xl", "config": "100hz", "split": "validation"}
 NOTE = (
-    "Temperatures, slopes, thresholds, intervals, the adapters' epochs and whether heads settle were chosen on this "
+    "Calibration, thresholds, intervals, the adapters' epochs and whether heads settle were chosen on this "
     "fold, and the recipe after looking at it: the figures lean to the good side."
 )
 MODEL_ROW, ADAPTER_ROW = "ECG-MoE, joint heads", "ECG-MoE, adapters"

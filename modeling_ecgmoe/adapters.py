@@ -399,7 +399,7 @@ def folder_of(source: str | Path, revision: str | None = None) -> Path:
 def _adapter_sources(model: str, folder: Path, tasks: Sequence[str] | None) -> list[str]:
     """Where the adapters of a model are."""
     beside = folder.parent / "adapters"
-    found = [path.name for path in _adapters_in(beside)] if Path(model).is_dir() else []
+    found = [path.name for path in adapters_in(beside)] if Path(model).is_dir() else []
     if tasks is None and Path(model).is_dir():
         return [str(beside / name) for name in found]
     names = list(tasks) if tasks is not None else list(EcgMoeConfig.from_pretrained(folder).tasks or {})
@@ -408,7 +408,7 @@ def _adapter_sources(model: str, folder: Path, tasks: Sequence[str] | None) -> l
         if name in found:
             sources.append(str(beside / name))
         elif Path(name).is_dir() or "/" in name:
-            sources += [str(path) for path in _adapters_in(Path(name))] or [name]
+            sources += [str(path) for path in adapters_in(Path(name))] or [name]
         elif Path(model).is_dir():
             raise FileNotFoundError(f"no adapter {name!r} beside {model}; there are {', '.join(found) or 'none'}")
         else:
@@ -416,6 +416,6 @@ def _adapter_sources(model: str, folder: Path, tasks: Sequence[str] | None) -> l
     return sources
 
 
-def _adapters_in(folder: Path) -> list[Path]:
+def adapters_in(folder: Path) -> list[Path]:
     """The adapters that lie in a folder, each in one of its own; none where the folder is an adapter itself."""
     return [] if (folder / CARD_FILE).is_file() else sorted(path.parent for path in folder.glob(f"*/{CARD_FILE}"))

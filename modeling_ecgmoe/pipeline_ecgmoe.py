@@ -19,8 +19,8 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForTimeSeriesPrediction, Pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
 
-from .adapter_card import CARD_FILE, AdapterCard
-from .adapters import FEATURES, SIGNAL_KEYS, MultiTask
+from .adapter_card import AdapterCard
+from .adapters import FEATURES, SIGNAL_KEYS, MultiTask, adapters_in
 from .feature_extraction_ecgmoe import EcgMoeFeatureExtractor, Prepared
 from .modeling_ecgmoe import PIPELINE_TASK, EcgMoeForTasks
 from .record_answers import BATCH_SIZE, LoadedRecord, answer_records, prepare_record, refuse_record
@@ -207,10 +207,9 @@ class EcgMoePipeline(Pipeline):
 
 def _adapter_folders(adapters: Adapters) -> list[str]:
     """The adapters themselves, where a folder of adapters may be named for all of them."""
-    sources = []
+    sources: list[str] = []
     for source in [adapters] if isinstance(adapters, (str, os.PathLike)) else adapters:
-        inside = sorted(Path(source).glob(f"*/{CARD_FILE}"))
-        sources += [str(card.parent) for card in inside] or [str(source)]
+        sources += [str(folder) for folder in adapters_in(Path(source))] or [str(source)]
     return sources
 
 

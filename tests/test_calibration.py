@@ -122,6 +122,19 @@ def test_a_label_that_is_too_sure_at_its_ends_alone_is_bent(tmp_path: Path) -> N
     assert card.bends == []
 
 
+def test_a_few_records_that_lie_apart_do_not_make_certain() -> None:
+    rng, before, after = np.random.default_rng(0), [], []
+    for _ in range(30):
+        truth = np.append(np.arange(44) < 22, rng.random(4000) < 0.5).astype(float)[:, None]
+        logits = rng.normal(np.where(truth > 0, 1.6, -1.6))
+        card = AdapterCard(TASKS["sex"], "abc")
+        calibrate(card, logits[:44], truth[:44])
+        for told, losses in ((expit(logits[44:]), before), (card.probabilities(logits[44:]), after)):
+            losses.append(-np.log(np.where(truth[44:] > 0, told, 1 - told)).mean())
+    assert np.mean(after) < np.mean(before)
+    assert max(after) < 1.2 * max(before)
+
+
 def test_a_rare_label_is_not_shifted() -> None:
     logits, truth = exaggerated_logits(1000, seed=0)
     truth[:, 1] = np.arange(1000) < 19

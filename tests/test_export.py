@@ -270,6 +270,22 @@ def test_the_examples_intervals_are_those_of_the_package(example: dict[str, Any]
                 assert example["interval"](value, saved, intervals_s) == pytest.approx(tuple(expected))
 
 
+def test_the_examples_labels_are_those_of_the_package(example: dict[str, Any], tmp_path: Path) -> None:
+    tasks = (TASK_TABLE["sex"], TASK_TABLE["superclass"])
+    for task, outputs in ((task, len(task.labels) if task.kind == "multi_label" else 1) for task in tasks):
+        curve = {"shifts": [0.5] * outputs, "slopes": [0.6] * outputs, "bends": [1.5] * outputs}
+        card = AdapterCard(task, "abc", temperature=1.3, thresholds=[0.7] * outputs, **curve)
+        card.save(tmp_path)
+        saved = json.loads((tmp_path / "task.json").read_text())
+        answered = set()
+        for logit in np.linspace(-3.0, 3.0, 61):
+            logits = np.full(outputs, logit)
+            expected = card.answer(logits, 12)["labels"]
+            assert example["answer"](logits, saved, np.array([0.8])) == (", ".join(expected) or "no label")
+            answered.add(tuple(expected))
+        assert len(answered) == 2
+
+
 def rewritten(records: Path, folder: Path, skip: int = 0, **changes: str) -> Path:
     """A record with its signals after some bytes of another header, and texts of its own header changed."""
     text = (records / "r0.hea").read_text()

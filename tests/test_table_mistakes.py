@@ -216,11 +216,19 @@ def test_a_slip_in_a_column_of_numbers_is_named_before_training(
         train.main(["adapt", *words(data, tmp_path, task="ef", model=hub, output_dir=tmp_path, **more)])
 
 
-def test_a_known_task_does_not_learn_from_numbers_of_another_unit(files: Path, hub: Path, tmp_path: Path) -> None:
-    heights = [values | {"ef": 150.0 + n} for n, values in enumerate(own_rows())]
-    data = data_of(files, tmp_path, heights)
-    with pytest.raises(ValueError, match=r"age is in years, around 60; half .* below 153\.5\. Convert them"):
-        train.main(["adapt", *words(data, tmp_path, task="age", label_column="ef", model=hub, output_dir=tmp_path)])
+@pytest.mark.parametrize(
+    ("task", "lowest", "message"),
+    [
+        ("age", 150.0, r"age is in years, around 60; half .* below 153\.5\. Convert them"),
+        ("rr_interval", 70.0, r"rr_interval is in ms, around 850; half .* below 73\.5\. Convert them"),
+    ],
+)
+def test_a_known_task_does_not_learn_from_numbers_of_another_unit(
+    files: Path, hub: Path, tmp_path: Path, task: str, lowest: float, message: str
+) -> None:
+    data = data_of(files, tmp_path, [values | {"ef": lowest + n} for n, values in enumerate(own_rows())])
+    with pytest.raises(ValueError, match=message):
+        train.main(["adapt", *words(data, tmp_path, task=task, label_column="ef", model=hub, output_dir=tmp_path)])
 
 
 def test_a_data_set_without_the_split_is_refused_with_those_it_has(mini_ptb_xl: Path, tmp_path: Path) -> None:

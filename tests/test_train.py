@@ -20,7 +20,6 @@ from tiny_model import tiny_model
 
 import evaluation
 import train
-from arguments import parse_arguments
 from benchmarks import plain_cnn
 from benchmarks.plain_cnn import PlainCnn
 from linear_heads import start_at_base_rates
@@ -186,6 +185,15 @@ def test_tasks_weigh_as_told_and_the_others_as_in_the_table() -> None:
 REPORTS = ["sinus rhythm. normal ecg.", "Sinus rhythm, inferior infarct", "atrial fibrillation", "", None, "sinus"]
 
 
+def test_decay_spares_routers_experts_and_the_state_space() -> None:
+    model = tiny_model()
+    decaying = {id(p) for p in train._parameter_groups(model, 0.4)[0]["params"]}
+    spared = [name for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in decaying]
+    ends = ("router.weight", "experts.gate_up_proj", "experts.down_proj", "log_decay", "frequency")
+    assert spared == [name for name, _ in model.named_parameters() if name.endswith(ends)]
+    assert len(spared) == 2 * 3 + 2
+
+
 def test_words_that_several_reports_hold_become_a_task() -> None:
     rows = datasets.Dataset.from_dict({"report": REPORTS})
     rows, task = add_report_words(rows, loss_weight=3.0, min_reports=2)
@@ -271,14 +279,6 @@ def test_two_processes_train_together(settings: dict[str, Any], workplace: Path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [line["step"] for line in log_of(folder)] == [2]
     assert all(torch.isfinite(p).all() for p in EcgMoeForTasks.from_pretrained(folder / "model").parameters())
-
-
-def test_arguments_after_a_file_change_those_in_it(tmp_path: Path) -> None:
-    (tmp_path / "how.json").write_text(json.dumps({"data_dir": "ptb-xl", "epochs": 3, "seed": 0, "noise": 0.1}))
-    kinds = (DataArguments, train.TrainingArguments)
-    data, how = parse_arguments(kinds, [str(tmp_path / "how.json"), "--seed", "2", "--output_dir", "runs/2"])
-    assert (data.data_dir, how.epochs, how.noise, how.seed, how.output_dir) == ("ptb-xl", 3, 0.1, 2, "runs/2")
-    assert how.learning_rate == train.TrainingArguments().learning_rate
 
 
 # What is refused

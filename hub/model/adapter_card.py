@@ -36,7 +36,7 @@ class AdapterCard:
         base: fingerprint of the model the adapter was trained on, see `fingerprint`.
         evidence: "measured" where trained on real recordings, "simulated" otherwise.
         trained_on: the data, in words.
-        temperature: logits of a classification are divided by it (Guo et al. 2017), after `shifts` were added.
+        temperature: calibrated logits of a classification are divided by it (Guo et al. 2017).
         thresholds: the probability from which each label is given, by the best F1 on validation data.
         half_widths: half of a regression's interval for recordings with at least so many leads, by split conformal
             prediction (Lei et al. 2018); keys are numbers of leads.
@@ -368,11 +368,15 @@ def best_temperature(task: Task, logits: np.ndarray, targets: np.ndarray) -> flo
 def best_curve(logits: np.ndarray, truth: np.ndarray, temperature: float, bent: bool) -> np.ndarray:
     """Shift, slope and bend of one label's logits (records,) for the lowest log-loss at a temperature.
 
-    With a bend the curve is steeper near nought than at its ends. It rises everywhere, so that no order is lost.
+    With a bend the curve is steeper near nought than at its ends. It rises everywhere, so that no order is lost. Truth
+    is drawn in from 0 and 1 as by one record more of either kind (Platt 1999, section 2.2): where a few records lie
+    apart, certainty would fit them best.
 
     Args:
         bent: whether it may have a bend.
     """
+    positive = float(truth.sum())
+    truth = np.where(truth > 0.5, (positive + 1) / (positive + 2), 1 / (len(truth) - positive + 2))
 
     def loss(curve: np.ndarray) -> float:
         shifted = logits.astype(np.float64) + curve[0]
