@@ -36,7 +36,7 @@ class AdapterCard:
         base: fingerprint of the model the adapter was trained on, see `fingerprint`.
         evidence: "measured" where trained on real recordings, "simulated" otherwise.
         trained_on: the data, in words.
-        temperature: calibrated logits of a classification are divided by it (Guo et al. 2017).
+        temperature: logits of a classification are divided by it (Guo et al. 2017), after `shifts`, `slopes`, `bends`.
         thresholds: the probability from which each label is given, by the best F1 on validation data.
         half_widths: half of a regression's interval for recordings with at least so many leads, by split conformal
             prediction (Lei et al. 2018); keys are numbers of leads.
@@ -369,7 +369,7 @@ def best_curve(logits: np.ndarray, truth: np.ndarray, temperature: float, bent: 
     """Shift, slope and bend of one label's logits (records,) for the lowest log-loss at a temperature.
 
     With a bend the curve is steeper near nought than at its ends. It rises everywhere, so that no order is lost. Truth
-    is drawn in from 0 and 1 as by one record more of either kind (Platt 1999, section 2.2): where a few records lie
+    is drawn in from 0 and 1 as by one record more of either kind (Platt 2000, section 2.2): where a few records lie
     apart, certainty would fit them best.
 
     Args:

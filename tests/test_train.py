@@ -182,9 +182,6 @@ def test_tasks_weigh_as_told_and_the_others_as_in_the_table() -> None:
         train.reweighted({"age": TASKS["age"]}, {"height": 1})
 
 
-REPORTS = ["sinus rhythm. normal ecg.", "Sinus rhythm, inferior infarct", "atrial fibrillation", "", None, "sinus"]
-
-
 def test_decay_spares_routers_experts_and_the_state_space() -> None:
     model = tiny_model()
     decaying = {id(p) for p in train._parameter_groups(model, 0.4)[0]["params"]}
@@ -192,6 +189,9 @@ def test_decay_spares_routers_experts_and_the_state_space() -> None:
     ends = ("router.weight", "experts.gate_up_proj", "experts.down_proj", "log_decay", "frequency")
     assert spared == [name for name, _ in model.named_parameters() if name.endswith(ends)]
     assert len(spared) == 2 * 3 + 2
+
+
+REPORTS = ["sinus rhythm. normal ecg.", "Sinus rhythm, inferior infarct", "atrial fibrillation", "", None, "sinus"]
 
 
 def test_words_that_several_reports_hold_become_a_task() -> None:
