@@ -364,9 +364,9 @@ def fit_adapter(
 
 
 def prior_errors_of(records: Records) -> np.ndarray:
-    """(records,) the error in ms to expect of each one's mean RR interval, the mean of its windows."""
+    """(records,) the error in ms to expect of each one's mean RR interval, the mean of its windows with intervals."""
     errors_ms = [[mean_rr_error_ms(intervals)] for intervals in records.signal["rr_intervals_s"].numpy()]
-    return mean_of_windows(torch.tensor(errors_ms), records.record_of)[:, 0].numpy()
+    return mean_of_windows(torch.tensor(errors_ms), records.record_of, records.has_rr)[:, 0].numpy()
 
 
 def calibrate_on(

@@ -19,7 +19,7 @@ from arguments import check_ranges, make_folder
 from modeling_ecgmoe.adapters import MultiTask, default_model, folder_of
 from modeling_ecgmoe.metrics import MetricResult, bootstrap_interval
 from modeling_ecgmoe.tasks import TASKS, Task
-from records import DataArguments, EncodedRecords, Records, batches, load_split, mean_of_windows
+from records import DataArguments, EncodedRecords, Records, answers_of_records, batches, load_split
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,11 @@ logger = logging.getLogger(__name__)
 def predict_logits(
     model: nn.Module, records: Records | EncodedRecords, device: torch.device, tasks: list[str] | None = None
 ) -> dict[str, np.ndarray]:
-    """task to logits (records, outputs), on whole recordings; the windows of one are averaged."""
+    """task to logits (records, outputs), on whole recordings; the windows of one are averaged.
+
+    Args:
+        model: with `tasks`, as ECG-MoE and the plain CNN of the benchmarks are.
+    """
     model.eval()
     parts: dict[str, list[Tensor]] = {}
     for batch in batches(records):
@@ -37,7 +41,7 @@ def predict_logits(
         output = model(**inputs) if tasks is None else model(**inputs, tasks=tasks)
         for name, logits in output.logits.items():
             parts.setdefault(name, []).append(logits.float().cpu())
-    return {name: mean_of_windows(torch.cat(values), records.record_of).numpy() for name, values in parts.items()}
+    return answers_of_records({name: torch.cat(values) for name, values in parts.items()}, model.tasks, records)
 
 
 def evaluate_quickly(model: nn.Module, records: Records, accelerator: Accelerator) -> dict[str, float]:
@@ -140,4 +144,5 @@ def predict_adapters(many: MultiTask, records: Records) -> dict[str, np.ndarray]
     for batch in batches(records):
         for name, logits in many.task_logits(many.encoder(**batch["signal"])).items():
             parts[name].append(logits)
-    return {name: mean_of_windows(torch.cat(values), records.record_of).numpy() for name, values in parts.items()}
+    tasks = {name: card.task for name, card in many.cards.items()}
+    return answers_of_records({name: torch.cat(values) for name, values in parts.items()}, tasks, records)

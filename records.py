@@ -4,7 +4,7 @@ import hashlib
 import inspect
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,11 @@ class Records(Dataset):
         self.record_ids = plain["record_id"][:]
         self.patient_ids = plain["patient_id"][:]
 
+    @property
+    def has_rr(self) -> Tensor:
+        """(windows,) bool, whether an RR interval was measured."""
+        return (self.signal["rr_intervals_s"] > 0).any(dim=1)
+
     def __len__(self) -> int:
         return len(self.record_of)
 
@@ -165,13 +170,30 @@ class Records(Dataset):
         return {"signal": signal, "labels": {name: values[records] for name, values in self.labels.items()}}
 
 
-def mean_of_windows(values: Tensor, record_of: Tensor) -> Tensor:
-    """What windows (w, outputs) say of their records, (records, outputs): the mean over all of them.
+def mean_of_windows(values: Tensor, record_of: Tensor, counted: Tensor | None = None) -> Tensor:
+    """What windows (w, outputs) say of their records, (records, outputs): the mean, as prediction takes it.
 
-    Prediction takes it too, but leaves windows without beats out for tasks that start from RR intervals.
+    Args:
+        counted: (w,) bool, which windows count where any of a record does, all where not given.
     """
-    sums = values.new_zeros(int(record_of.max()) + 1, values.shape[1]).index_add_(0, record_of, values)
-    return sums / torch.bincount(record_of)[:, None]
+    num_records = int(record_of.max()) + 1
+    weights = torch.ones(len(values)) if counted is None else counted.float()
+    weights = weights.to(values)
+    some = weights.new_zeros(num_records).index_add_(0, record_of, weights) > 0
+    weights = torch.where(some[record_of], weights, 1.0)
+    sums = values.new_zeros(num_records, values.shape[1]).index_add_(0, record_of, values * weights[:, None])
+    return sums / weights.new_zeros(num_records).index_add_(0, record_of, weights)[:, None]
+
+
+def answers_of_records(
+    of_windows: dict[str, Tensor], tasks: Mapping[str, Task], records: "Records | EncodedRecords"
+) -> dict[str, np.ndarray]:
+    """task to logits (records, outputs), from those of the windows. A task that starts from the RR intervals is
+    answered by windows that have some."""
+    return {
+        name: mean_of_windows(values, records.record_of, records.has_rr if tasks[name].prior else None).numpy()
+        for name, values in of_windows.items()
+    }
 
 
 def _prepare(
@@ -407,6 +429,7 @@ class EncodedRecords(Dataset):
         views: int = 1,
     ) -> None:
         self.labels, self.record_of, self.views = records.labels, records.record_of, views
+        self.has_rr = records.has_rr
         encoder = model.ecgmoe.encoder.to(device).eval()
         parts: dict[str, list[Tensor]] = {}
         for view in range(views):

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,15 +90,21 @@ def asked_files(args: argparse.Namespace) -> "tuple[list[Path], FileFacts]":
     """
     if not args.paths:
         raise CommandError("name the files or folders to read; --leads takes every word after it, so put it last")
-    from .ecg_files import find_ecgs
+    from .ecg_files import find_ecgs, find_others
     from .leads import LEADS, find_lead
 
     leads = tuple(name for part in args.leads or () for name in part.split(",") if name)
     if args.leads and not any(map(find_lead, leads)):
         raise CommandError(f"--leads {' '.join(leads)}: none is one of the twelve leads {', '.join(LEADS)}")
     paths = find_ecgs(args.paths)
+    counts = Counter(path.suffix.lower() or "without suffix" for path in find_others(args.paths, paths))
+    others = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
     if not paths:
-        raise CommandError(f"there is no ECG file in {', '.join(map(str, args.paths))}")
+        there = f" among its files ({others})" if others else ""
+        raise CommandError(f"there is no ECG file in {', '.join(map(str, args.paths))}{there}")
+    if others and not args.quiet:
+        note = f"ecgmoe: passed over in folders: {others}; name a file itself to have it read"
+        print(printable(note), file=sys.stderr)
     from .prediction import FileFacts
 
     return paths, FileFacts(args.sampling_rate, leads or None, args.unit)

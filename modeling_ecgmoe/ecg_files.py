@@ -28,7 +28,7 @@ from .recording import Ecg, EcgFileError, EcgFileWarning, Facts, check_amplitude
 from .wfdb_files import find_header, read_header, read_wfdb
 from .xml_files import looks_like_ecg_xml, read_xml
 
-__all__ = ["Ecg", "EcgFileError", "EcgFileWarning", "find_ecgs", "read_ecg"]
+__all__ = ["Ecg", "EcgFileError", "EcgFileWarning", "find_ecgs", "find_others", "read_ecg"]
 
 Reader = Callable[[Path, Facts], Ecg]
 
@@ -109,6 +109,20 @@ def find_ecgs(paths: Iterable[str | Path]) -> list[Path]:
             if not is_signal_file and candidate not in segments and _looks_like_ecg(candidate):
                 found.setdefault(candidate.absolute(), candidate)
     return list(found.values())
+
+
+def find_others(paths: Iterable[str | Path], found: Iterable[Path]) -> list[Path]:
+    """The files in folders that belong to none of the recordings which `find_ecgs` found there.
+
+    Hidden files are not counted, nor is what lies beside a WFDB header under its name, such as annotations.
+    """
+    records = {path.absolute() for path in found}
+    headers = {path for path in records if path.suffix.lower() == ".hea"}
+    headers |= {segment for header in headers for segment in _segment_headers(header)}
+    stems = {header.with_suffix("") for header in headers}
+    files = (p.absolute() for folder in map(Path, paths) if folder.is_dir() for p in folder.rglob("*") if p.is_file())
+    others = {p for p in files if p not in records and p.with_suffix("") not in stems}
+    return sorted(p for p in others if not p.name.startswith("."))
 
 
 def _complete_path(path: Path) -> Path:

@@ -3,7 +3,9 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -52,6 +54,26 @@ def test_what_cannot_be_done_as_asked_is_refused_in_one_line_with_status_2(
     assert captured.out == ""
     assert len(captured.err.splitlines()) == 1
     assert words in captured.err
+
+
+def test_files_of_a_folder_that_are_no_ecgs_are_counted(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], write_record: Callable[..., tuple[Path, Any]]
+) -> None:
+    folder = write_record("a")[0].parent
+    for name in ("letter.pdf", "scan.PDF", "LICENSE", ".hidden"):
+        (folder / name).write_bytes(b"\0")
+    out = tmp_path / "o.jsonl"
+    assert run(folder, "--model", model, "--out", out) == 0
+    note = "ecgmoe: passed over in folders: 2 .pdf, 1 without suffix; name a file itself to have it read"
+    assert capsys.readouterr().err.splitlines()[0] == note
+    out.unlink()
+    assert run(folder, "--model", model, "--out", out, "--quiet") == 0
+    assert capsys.readouterr().err == ""
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "letter.pdf").touch()
+    assert run(tmp_path / "none", "--model", model) == 2
+    assert "there is no ECG file in" in (message := capsys.readouterr().err)
+    assert "among its files (1 .pdf)" in message
 
 
 def test_an_unknown_task_is_refused_with_those_there_are(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

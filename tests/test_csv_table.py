@@ -21,15 +21,16 @@ from tiny_model import save_tiny_model, tiny_model
 from transformers import pipeline
 
 import train
-from adaptation import AdaptArguments, describe_data, find_known_task
+from adaptation import AdaptArguments, describe_data, find_known_task, prior_errors_of
 from data_builders.csv_table import EcgCsv
 from data_builders.synthetic import synthetic_ecg, write_wfdb
-from evaluation import predict_logits
+from evaluation import predict_adapters, predict_logits
 from modeling_ecgmoe.adapter_card import AdapterCard
 from modeling_ecgmoe.adapters import MultiTask
 from modeling_ecgmoe.cli import main
 from modeling_ecgmoe.ecg_files import Ecg, read_ecg
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
+from modeling_ecgmoe.leads import LEADS
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeForTasks
 from modeling_ecgmoe.tasks import TASKS, Task
 from records import DataArguments, EncodedRecords, Records, load_split
@@ -279,6 +280,32 @@ def test_a_night_of_ecg_does_not_outweigh_all_others(monkeypatch: pytest.MonkeyP
     found = records.__getitems__([0, 1])["signal"]["input_values"]
     for values, window in zip(found, (windows[0], windows[-1]), strict=True):
         np.testing.assert_allclose(values, window["input_values"], atol=0.01)
+
+
+def test_windows_without_beats_count_as_they_do_in_prediction(tmp_path: Path) -> None:
+    many = MultiTask.from_pretrained(save_tiny_model(tmp_path, ("age", "rr_interval")))
+    beats = synthetic_ecg(sampling_rate=250, rate_bpm=100, noise_mv=0.01).ecg.signal
+    wander = np.tile(0.2 * np.sin(2 * np.pi * 0.8 * np.arange(2500) / 250), (12, 1)).astype(np.float32)
+    signals = np.concatenate([beats, wander], axis=1), wander, beats
+    facts = {"patient_id": "a", "sampling_rate": 250, "lead_names": list(LEADS)}
+    rows = datasets.Dataset.from_list([{"record_id": str(i), "signal": s, **facts} for i, s in enumerate(signals)])
+    records = Records(rows, many.extractor, [])
+    assert records.has_rr.tolist() == [True, False, False, True]
+    logits, cpu = predict_adapters(many, records), torch.device("cpu")
+    for i, answers in enumerate(many.answer([many.prepare(signal, 250, LEADS) for signal in signals])):
+        card = many.cards["age"]
+        assert card.answer(logits["age"][i], 12)["value"] == pytest.approx(answers["age"]["value"], abs=0.1)
+        if i != 1:
+            value = many.cards["rr_interval"].answer(logits["rr_interval"][i], 12)["value"]
+            assert value == pytest.approx(answers["rr_interval"]["value"], abs=0.1)
+    joint = predict_logits(many.model, records, cpu)["rr_interval"]
+    encoded = predict_logits(many.model, EncodedRecords(many.model, records, cpu), cpu)["rr_interval"]
+    np.testing.assert_allclose(joint[0], joint[2], atol=1e-4)
+    np.testing.assert_allclose(joint, encoded, atol=0.02)
+    assert np.isfinite(joint).all()
+    errors = prior_errors_of(records)
+    assert errors[0] == pytest.approx(errors[2])
+    assert errors[1] > 2000
 
 
 # One command

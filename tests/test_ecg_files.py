@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_builders.synthetic import SyntheticEcg, synthetic_ecg, write_wfdb
-from modeling_ecgmoe.ecg_files import Ecg, EcgFileError, find_ecgs, read_ecg
+from modeling_ecgmoe.ecg_files import Ecg, EcgFileError, find_ecgs, find_others, read_ecg
 from modeling_ecgmoe.leads import LEADS
 
 WriteRecord = Callable[..., tuple[Path, SyntheticEcg]]
@@ -454,9 +454,12 @@ def test_a_folder_gives_each_record_once_and_nothing_else(write_record: WriteRec
     np.save(folder / "deep", np.zeros((12, 100)))
     (folder / "sub").mkdir()
     (folder / "sub" / "table.csv").write_text("I [mV],II [mV]\n0,0\n", encoding="utf-8")
-    assert [path.relative_to(folder).as_posix() for path in find_ecgs([folder])] == [
+    found = find_ecgs([folder])
+    assert [path.relative_to(folder).as_posix() for path in found] == [
         "a.hea", "b.hea", "c.hea", "deep.npy", "sub/table.csv",
     ]  # fmt: skip
+    others = find_others([folder, folder / "sub", paths[0]], found)
+    assert [path.name for path in others] == ["README.txt", "labels.npy", "metadata.csv"]
 
 
 def test_a_path_that_is_named_is_returned_whatever_it_is(write_record: WriteRecord) -> None:
@@ -476,6 +479,7 @@ def test_the_segments_of_a_record_do_not_count_as_records(write_record: WriteRec
     path, _ = write_record("seg1")
     (path.parent / "whole.hea").write_text("whole/1 12 250 2500\nseg1 2500\n", encoding="utf-8")
     assert find_ecgs([path.parent]) == [path.parent / "whole.hea"]
+    assert find_others([path.parent], [path.parent / "whole.hea"]) == []
 
 
 # Real recordings
