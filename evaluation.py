@@ -8,6 +8,7 @@ import logging
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,12 +27,12 @@ logger = logging.getLogger(__name__)
 
 @torch.inference_mode()
 def predict_logits(
-    model: nn.Module, records: Records | EncodedRecords, device: torch.device, tasks: list[str] | None = None
+    model: Any, records: Records | EncodedRecords, device: torch.device, tasks: list[str] | None = None
 ) -> dict[str, np.ndarray]:
     """task to logits (records, outputs), on whole recordings; the windows of one are averaged.
 
     Args:
-        model: with `tasks`, as ECG-MoE and the plain CNN of the benchmarks are.
+        model: ECG-MoE, in PEFT or not, or another that has `tasks` and gives `logits`.
     """
     model.eval()
     parts: dict[str, list[Tensor]] = {}

@@ -232,6 +232,15 @@ def test_a_lead_lost_for_a_while_leaves_what_is_known_of_the_rest() -> None:
     assert lost.quality["typicality"] is None
 
 
+@pytest.mark.skipif(not (HUB / TYPICALITY_FILE).is_file(), reason=f"hub/model holds no {TYPICALITY_FILE}")
+def test_a_pipeline_of_weights_in_bfloat16_says_how_to_know_what_is_typical(caplog: pytest.LogCaptureFixture) -> None:
+    analyse = pipeline("ecg-analysis", model=str(HUB), dtype=torch.bfloat16)
+    assert "typicality" not in analyse(hearts(1)[0], sampling_rate=100, lead_names=LEADS)["quality"]
+    assert "is left out: its weights came in bfloat16, load them in float32 or float16" in caplog.text
+    half = pipeline("ecg-analysis", model=str(HUB), dtype=torch.float16)
+    assert half(hearts(1)[0], sampling_rate=100, lead_names=LEADS)["quality"]["typicality"] > 0.0
+
+
 def test_a_pipeline_of_changed_weights_says_nothing_of_what_is_typical(caplog: pytest.LogCaptureFixture) -> None:
     changed = EcgMoeForTasks.from_pretrained(HUB)
     torch.nn.init.zeros_(changed.ecgmoe.fusion.norm.bias)

@@ -223,6 +223,8 @@ def _typicality_of(model: EcgMoeForTasks, base: str) -> Typicality | None:
         if not folder.is_dir():
             commit = getattr(model.config, "_commit_hash", None)
             folder = Path(hf_hub_download(name, TYPICALITY_FILE, revision=commit)).parent
+        if next(model.parameters()).dtype == torch.bfloat16 and (folder / TYPICALITY_FILE).is_file():
+            raise ValueError("its weights came in bfloat16, load them in float32 or float16")
         return Typicality.load(folder, base)
     except EntryNotFoundError:  # the repository has no such file, or this machine has no copy of it
         return None
