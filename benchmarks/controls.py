@@ -19,7 +19,7 @@ from transformers import HfArgumentParser
 from benchmarks.ablations import answers_of
 from benchmarks.few_labels import short
 from benchmarks.quality import origin
-from benchmarks.seeds import NOT_THE_RECIPE
+from benchmarks.seeds import NOT_THE_RECIPE, differing, read_run, recipe_of
 from modeling_ecgmoe.configuration_ecgmoe import EcgMoeConfig
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
 from modeling_ecgmoe.metrics import bootstrap_difference, bootstrap_interval
@@ -27,7 +27,7 @@ from modeling_ecgmoe.modeling_ecgmoe import EcgMoeForTasks
 from modeling_ecgmoe.tasks import TASKS
 from records import DataArguments, Records, load_split
 
-# The recipe says nothing of these: which part is missing, and what a smaller file of arguments spells out.
+# Which part is missing is what the runs are about.
 NOT_COMPARED = (*NOT_THE_RECIPE, "model_config")
 
 
@@ -46,29 +46,15 @@ class ControlsArguments:
     out: Path = field(default=Path("benchmarks/results/controls.json"), metadata={"help": "result file"})
 
 
-def read_recipe(folder: Path) -> dict[str, Any]:
-    """How a run was trained, but for what may differ.
-
-    Raises:
-        FileNotFoundError: the folder does not say.
-    """
-    file = folder / "training.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; name a model that train.py pretrain made")
-    run: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return {name: value for name, value in run.items() if name not in NOT_COMPARED}
-
-
 def check_recipe(folder: Path, full: Path) -> None:
     """Whether a run was trained as the full model was.
 
     Raises:
+        FileNotFoundError: one of them does not say.
         ValueError: it was not.
     """
-    run, other = read_recipe(folder), read_recipe(full)
-    differing = sorted(name for name in run | other if run.get(name) != other.get(name))
-    if differing:
-        raise ValueError(f"{folder} was not trained as {full} was: {', '.join(differing)} differ; train it anew")
+    if other := differing(*(recipe_of(read_run(each), NOT_COMPARED) for each in (folder, full))):
+        raise ValueError(f"{folder} was not trained as {full} was: {', '.join(other)} differ; train it anew")
 
 
 def changes(config: EcgMoeConfig, full: EcgMoeConfig) -> dict[str, Any]:
@@ -84,17 +70,16 @@ def main() -> None:
     full, folders = Path(arguments.full), [Path(folder) for folder in arguments.models]
     for folder in folders:
         check_recipe(folder, full)
+    run = read_run(full)
     extractor = EcgMoeFeatureExtractor.from_pretrained(full)
     tasks = [TASKS[name] for name in arguments.tasks]
     records = Records(load_split(data, arguments.split), extractor, tasks, data.num_proc)
     options: dict[str, Any] = {"resamples": arguments.resamples, "groups": records.patient_ids}
-    rows, reference = [], None
-    for folder in (full, *folders):
-        model = EcgMoeForTasks.from_pretrained(folder, dtype=torch.float32)
-        answers = answers_of(model, records)
-        if reference is None:
-            reference, config = answers, model.config
-        changed = changes(model.config, config)
+    models = [EcgMoeForTasks.from_pretrained(folder, dtype=torch.float32) for folder in (full, *folders)]
+    reference, rows = answers_of(models[0], records), []
+    for model in models:
+        answers = reference if model is models[0] else answers_of(model, records)
+        changed = changes(model.config, models[0].config)
         row: dict[str, Any] = {
             "model": ", ".join(f"{name} {json.dumps(value)}" for name, value in changed.items()) or "full",
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -103,7 +88,7 @@ def main() -> None:
             labels, found = records.labels[task.name].numpy(), answers[task.name]
             row[task.name] = short(bootstrap_interval(task.metric, labels, found, **options).to_dict(), task)
             difference = None
-            if folder is not full:
+            if model is not models[0]:
                 pair = reference[task.name], found
                 difference = short(bootstrap_difference(task.metric, labels, *pair, **options).to_dict(), task)
             row[f"{task.name} minus full"] = difference
@@ -112,10 +97,10 @@ def main() -> None:
     result = {
         "name": arguments.out.stem,
         "command": "python -m benchmarks.controls --data_dir ptb-xl --models RUN ...",
-        "seed": json.loads((full / "training.json").read_text(encoding="utf-8"))["seed"],
+        "seed": run["seed"],
         **origin(),
         "data": {"set": f"PTB-XL 1.0.3, 100 Hz, {arguments.split}", "records": len(records.record_ids)},
-        "details": {"recipe": read_recipe(full)},
+        "details": {"recipe": recipe_of(run, NOT_COMPARED)},
         "rows": rows,
     }
     arguments.out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -6,6 +6,7 @@ Runs are of ECG-MoE or of the plain CNN. Their recipe is read from the `training
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,19 +34,42 @@ class SeedsArguments:
     out: Path = field(default=Path("benchmarks/results/seeds.json"), metadata={"help": "result file"})
 
 
+def read_run(folder: Path) -> dict[str, Any]:
+    """The arguments that a run was trained with.
+
+    Raises:
+        FileNotFoundError: the folder does not say.
+    """
+    file = folder / "training.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; name a model that train.py pretrain made")
+    run: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return run
+
+
+def recipe_of(run: dict[str, Any], beside: Sequence[str] = NOT_THE_RECIPE) -> dict[str, Any]:
+    """A run's arguments but for those `beside` the recipe."""
+    return {name: value for name, value in run.items() if name not in beside}
+
+
+def differing(recipe: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """The arguments in which two recipes differ."""
+    return sorted(name for name in recipe | other if recipe.get(name) != other.get(name))
+
+
 def read_recipes(folders: list[Path]) -> tuple[list[int], dict[str, Any]]:
     """The seed of each run, and the recipe that all share.
 
     Raises:
+        FileNotFoundError: a folder does not say how it was trained.
         ValueError: there are fewer than two runs, they differ in more than their seed, or two have the same seed.
     """
     if len(folders) < 2:
         raise ValueError(f"name two or more runs, found {len(folders)}")
-    runs = [json.loads((folder / "training.json").read_text(encoding="utf-8")) for folder in folders]
-    recipes = [{name: value for name, value in run.items() if name not in NOT_THE_RECIPE} for run in runs]
+    runs = [read_run(folder) for folder in folders]
+    recipes = [recipe_of(run) for run in runs]
     for folder, recipe in zip(folders, recipes, strict=True):
-        other = sorted(name for name in recipe | recipes[0] if recipe.get(name) != recipes[0].get(name))
-        if other:
+        if other := differing(recipe, recipes[0]):
             raise ValueError(f"{folder} differs from {folders[0]} in {', '.join(other)}, not in its seed alone")
     seeds = [run["seed"] for run in runs]
     if len(set(seeds)) < len(seeds):

@@ -97,12 +97,13 @@ def asked_files(args: argparse.Namespace) -> "tuple[list[Path], FileFacts]":
     if args.leads and not any(map(find_lead, leads)):
         raise CommandError(f"--leads {' '.join(leads)}: none is one of the twelve leads {', '.join(LEADS)}")
     paths = find_ecgs(args.paths)
-    counts = Counter(path.suffix.lower() or "without suffix" for path in find_others(args.paths, paths))
+    passed_over = find_others(args.paths, paths) if not (paths and args.quiet) else []
+    counts = Counter(path.suffix.lower() or "without suffix" for path in passed_over)
     others = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common())
     if not paths:
         there = f" among its files ({others})" if others else ""
         raise CommandError(f"there is no ECG file in {', '.join(map(str, args.paths))}{there}")
-    if others and not args.quiet:
+    if others:
         note = f"ecgmoe: passed over in folders: {others}; name a file itself to have it read"
         print(printable(note), file=sys.stderr)
     from .prediction import FileFacts

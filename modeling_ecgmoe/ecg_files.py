@@ -116,13 +116,12 @@ def find_others(paths: Iterable[str | Path], found: Iterable[Path]) -> list[Path
 
     Hidden files are not counted, nor is what lies beside a WFDB header under its name, such as annotations.
     """
+    files = {p.absolute() for folder in map(Path, paths) if folder.is_dir() for p in folder.rglob("*") if p.is_file()}
     records = {path.absolute() for path in found}
-    headers = {path for path in records if path.suffix.lower() == ".hea"}
-    headers |= {segment for header in headers for segment in _segment_headers(header)}
-    stems = {header.with_suffix("") for header in headers}
-    files = (p.absolute() for folder in map(Path, paths) if folder.is_dir() for p in folder.rglob("*") if p.is_file())
-    others = {p for p in files if p not in records and p.with_suffix("") not in stems}
-    return sorted(p for p in others if not p.name.startswith("."))
+    # A header is a recording, or a segment of one.
+    stems = {path.with_suffix("") for path in files if path.suffix.lower() == ".hea"}
+    others = (path for path in files - records if path.with_suffix("") not in stems)
+    return sorted(path for path in others if not path.name.startswith("."))
 
 
 def _complete_path(path: Path) -> Path:
