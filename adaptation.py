@@ -42,6 +42,7 @@ from records import (
     load_split,
     mean_of_windows,
     tell_unreadable,
+    with_fewer_leads,
 )
 
 logger = logging.getLogger("train")
@@ -136,17 +137,21 @@ def adapt(data: DataArguments, arguments: AdaptArguments) -> dict[str, MetricRes
     for task in tasks:
         check_labels(task, data, records)
     train: Records | EncodedRecords = records["train"]
+    fewer_leads: Records | EncodedRecords = with_fewer_leads(records["train"])
     validation: dict[int, Records | EncodedRecords] = dict(seen)
     if arguments.lora_scope == "fusion":
         train = EncodedRecords(model, records["train"], accelerator.device, arguments.views)
+        if arguments.settle:
+            fewer_leads = EncodedRecords(model, with_fewer_leads(records["train"]), accelerator.device)
         validation = {n: EncodedRecords(model, r, accelerator.device) for n, r in seen.items()}
     errors = {count: prior_errors_of(seen_with) for count, seen_with in seen.items()}
     results = {}
     for task in tasks:
         fresh = EcgMoeForTasks.from_pretrained(source, dtype=torch.float32)
         is_new = task.name not in fresh.tasks or not fresh.tasks[task.name].reads_like(task)
-        if is_new and task.parts:  # their outputs have nothing to start from
-            task = task.without_parts()
+        own = fresh.tasks.get(task.name)
+        if is_new and (task.parts or (own is not None and own.reads_like(task.plain()))):
+            task = task.plain()  # outputs of parts have nothing to start from; a head that is there is worth more
             is_new = task.name not in fresh.tasks or not fresh.tasks[task.name].reads_like(task)
         if is_new:
             fresh.add_task(task)
@@ -155,7 +160,7 @@ def adapt(data: DataArguments, arguments: AdaptArguments) -> dict[str, MetricRes
         wrapped = lora_model(
             fresh, task, arguments.lora_rank, arguments.lora_alpha, arguments.lora_dropout, arguments.lora_scope
         )
-        fit_adapter(wrapped, task, train, validation[max(validation)], arguments, accelerator)
+        fit_adapter(wrapped, task, train, validation[max(validation)], arguments, accelerator, fewer_leads)
         if accelerator.is_main_process:
             wrapped.eval()
             trained_on = arguments.trained_on or describe_data(task, data, records)
@@ -305,10 +310,14 @@ def fit_adapter(
     validation: Records | EncodedRecords,
     arguments: AdaptArguments,
     accelerator: Accelerator,
+    fewer_leads: Records | EncodedRecords | None = None,
 ) -> None:
     """Train LoRA and head of one task in place, and keep the epoch of the best metric on validation, of equals that of
     the lowest loss; none may be the best. Then the head settles. The backbone stays as it is, with its batch
     statistics.
+
+    Args:
+        fewer_leads: the training records with fewer leads, on which the head settles too, *optional*.
     """
     # A last batch is left out only where whole ones remain for every process.
     drop_last = len(train) >= arguments.batch_size * accelerator.num_processes
@@ -359,8 +368,8 @@ def fit_adapter(
     if arguments.settle:
         adapted: EcgMoeForTasks = model.base_model.model
         head = adapted.get_submodule(f"heads.head_{task.name}.modules_to_save.{task.name}")
-        truth = head_targets(task, train.labels)
-        settle(head, task, embed(adapted, train), truth, embed(adapted, validation), targets)
+        views = [embed(adapted, records) for records in (train, fewer_leads) if records is not None]
+        settle(head, task, views, head_targets(task, train.labels), embed(adapted, validation), targets)
 
 
 def prior_errors_of(records: Records) -> np.ndarray:

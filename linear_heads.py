@@ -7,6 +7,7 @@ adapter's answer is this start.
 
 A trained head settles between its own answer and what other linear methods find in the same embedding. Stochastic
 gradients leave rare labels to a handful of steps, where discriminants and balanced regressions weigh every record.
+Where a task has products, both have their say with these as well.
 """
 
 import logging
@@ -23,10 +24,10 @@ from sklearn.model_selection import KFold
 from torch import Tensor, nn
 
 from evaluation import point_metric
-from modeling_ecgmoe.encoder import read_head
+from modeling_ecgmoe.heads import FARTHEST, head_outputs, read_head
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeForTasks, task_loss
 from modeling_ecgmoe.tasks import TASKS, Task
-from records import EncodedRecords, Records, mean_of_windows
+from records import EncodedRecords, Records, mean_of_windows, with_fewer_leads
 
 logger = logging.getLogger("train")
 
@@ -35,17 +36,28 @@ SHARES = tuple(0.5**power for power in range(1, 8))  # of a discriminant's evide
 FOLDS = 5
 MAX_RECORDS = 2000  # more change the start little, and take long
 BALANCED_PENALTY = 5.0  # of the squared weights of a balanced regression, over the records of the rarer class
+PRODUCT_SCALE = 0.3  # of products beside the embedding, so that a discriminant's shrinkage trusts them less
 
 
 class LinearHead(NamedTuple):
-    """weight (head_size, record_size) and bias (head_size,) of a head."""
+    """The weights of a head, see `heads.head_shapes`; the last three where it has products."""
 
     weight: np.ndarray
     bias: np.ndarray
+    directions: np.ndarray | None = None
+    offsets: np.ndarray | None = None
+    products: np.ndarray | None = None
 
     def logits(self, embedding: np.ndarray) -> np.ndarray:
         """(records, record_size) to (records, head_size), before a task's prior or parts."""
-        return embedding @ self.weight.T + self.bias
+        weights = {name: torch.from_numpy(value) for name, value in self._asdict().items() if value is not None}
+        return head_outputs(torch.from_numpy(embedding.astype(self.weight.dtype)), weights).numpy()
+
+    @classmethod
+    def of(cls, layer: Any) -> "LinearHead":
+        """What a head of a model holds now."""
+        named = dict(layer.named_parameters()).items()
+        return cls(**{name: value.detach().float().cpu().numpy().copy() for name, value in named})
 
 
 @torch.no_grad()
@@ -112,8 +124,9 @@ def with_tasks_of_parts(tasks: list[Task]) -> list[Task]:
 
 def _set_head(layer: Any, head: LinearHead) -> None:
     with torch.no_grad():
-        layer.weight.copy_(torch.from_numpy(head.weight))
-        layer.bias.copy_(torch.from_numpy(head.bias))
+        for name, value in head._asdict().items():
+            if value is not None:
+                getattr(layer, name).copy_(torch.from_numpy(value))
 
 
 @torch.inference_mode()
@@ -207,16 +220,21 @@ def _fisher(inputs: np.ndarray, positive: np.ndarray) -> LinearDiscriminantAnaly
 
 
 def settle(
-    layer: Any, task: Task, embedding: np.ndarray, targets: np.ndarray, held_out: np.ndarray, labels: np.ndarray
+    layer: Any,
+    task: Task,
+    views: Sequence[np.ndarray],
+    targets: np.ndarray,
+    held_out: np.ndarray,
+    labels: np.ndarray,
 ) -> None:
     """Let a trained head settle, where that makes its main metric on validation better.
 
-    Both the fit and the choice look at recordings as they are: what is asked of single leads may lose by it.
+    The choice looks at recordings as they are. Where the fit sees nothing else, answers for fewer leads lose by it.
 
     Args:
-        layer: the linear layer of the head.
-        embedding, targets: of the training records, (records, record_size) and (records, head_size), see
-            `head_targets`.
+        layer: the head, see `heads.Head`.
+        views: embeddings of the training records, each (records, record_size), as they are and with fewer leads.
+        targets: of the training records, (records, head_size), see `head_targets`.
         held_out, labels: of the validation records, (records, record_size) and (records, outputs).
     """
     if task.prior or task.kind == "multi_class":  # it corrects a measurement; its logits compete with each other
@@ -226,8 +244,8 @@ def settle(
         outputs = torch.from_numpy(head.logits(held_out))
         return point_metric(task, labels, read_head(outputs, task, torch.zeros(len(outputs))).numpy())
 
-    trained = LinearHead(*(p.detach().cpu().numpy().copy() for p in (layer.weight, layer.bias)))
-    other = settled(task, trained, embedding, targets)
+    trained = LinearHead.of(layer)
+    other = settled(task, trained, np.concatenate(views), np.tile(targets, (len(views), 1)))
     before, after = measure(trained), measure(other)
     logger.info("%s: settling, %s on validation %.4f to %.4f", task.name, task.metric, before, after)
     if after < before if task.kind == "regression" else after > before:
@@ -235,47 +253,142 @@ def settle(
 
 
 def settled(task: Task, trained: LinearHead, embedding: np.ndarray, targets: np.ndarray) -> LinearHead:
-    """The mean of a trained head and of other linear answers to the same questions.
+    """The mean of a trained head and of other answers in closed form to the same questions.
 
-    Of a label these are Fisher's discriminant and a logistic regression that weighs both classes alike. All are
-    brought to the mean and spread of the trained head's logits over the training records before they are averaged. Of
-    a regression it is a ridge regression.
+    Of a label these are Fisher's discriminant and a logistic regression that weighs both classes alike, and both once
+    more with the products where the task has some. All are brought to the mean and spread of the trained head's logits
+    over the training records before they are averaged. Of a regression it is a ridge regression.
 
     Args:
         embedding: (records, record_size).
         targets: (records, head_size), NaN where unknown. A label without an example keeps its trained answer.
     """
-    weight, bias = trained.weight.astype(np.float64), trained.bias.astype(np.float64)
     center, scale = embedding.mean(axis=0, dtype=np.float64), embedding.std(axis=0, dtype=np.float64) + 1e-6
     inputs = (embedding - center) / scale
-    weight, bias = weight * scale, bias + weight @ center  # of standardised inputs from here
-    for output, column in enumerate(targets.T):
-        known = np.isfinite(column)
-        seen, truth = inputs[known], column[known]
-        records, size = seen.shape if known.any() else (0, 1)
-        if task.kind == "regression":
-            if records > 1:
-                ridge = Ridge(alpha=float(size)).fit(seen, (truth - task.center) / task.spread)
-                weight[output] = (weight[output] + ridge.coef_) / 2
-                bias[output] = (bias[output] + ridge.intercept_) / 2
+    size = inputs.shape[1]
+    weight, bias = trained.weight * scale, trained.bias + trained.weight.astype(np.float64) @ center
+    features, of_products = [inputs], []
+    if task.products:
+        directions, offsets = _directions_of(task, trained, center, scale, inputs)
+        pairs, weight_of_pairs = _pairs(task, trained, embedding.astype(np.float64) @ directions.T + offsets)
+        features, weight = [inputs, np.hstack([inputs, pairs])], np.hstack([weight, weight_of_pairs])
+        of_products = [directions, offsets]
+    if task.kind == "regression":
+        known = np.isfinite(targets[:, 0])
+        if known.sum() > 1:
+            standard = (targets[known, 0] - task.center) / task.spread
+            ridge = Ridge(alpha=float(size)).fit(inputs[known], standard)
+            weight, bias = (weight + ridge.coef_) / 2, (bias + ridge.intercept_) / 2
+    else:
+        discriminants = [_fisher_directions(seen, targets) for seen in features]
+        for output, column in enumerate(targets.T):
+            known = np.isfinite(column)
+            positive = column[known] > 0.5
+            if len(positive) > 2 and 0 < positive.sum() < len(positive):
+                seen = [values[known] for values in features]
+                fishers = [directions_of[output] for directions_of in discriminants]
+                weight[output], bias[output] = _mean_answer(seen, positive, weight[output], bias[output], fishers)
+    linear = weight[:, :size] / scale
+    parts = [linear, bias - linear @ center, *of_products]
+    if task.products:
+        parts.append(_squares(weight[:, size:] * PRODUCT_SCALE, task.products))
+    return LinearHead(*(part.astype(np.float32) for part in parts))
+
+
+def _mean_answer(
+    features: list[np.ndarray], positive: np.ndarray, trained: np.ndarray, bias: float, fishers: list[np.ndarray]
+) -> tuple[np.ndarray, float]:
+    """Weights and bias of a label's mean answer, for the last of the features.
+
+    Args:
+        features: each (records, numbers) and holding those before it.
+        positive: (records,) bool.
+        trained, bias: of the trained head, for the last of the features.
+        fishers: the discriminant for each of the features.
+    """
+    rarer, seen = min(positive.sum(), (~positive).sum()), features[-1]
+    balanced = LogisticRegression(C=rarer / (BALANCED_PENALTY * len(positive)), class_weight="balanced", max_iter=200)
+    answers = np.zeros((1 + 2 * len(features), seen.shape[1]))
+    answers[0] = trained
+    for place, (values, fisher) in enumerate(zip(features, fishers, strict=True)):
+        balanced.fit(values, positive)
+        answers[1 + 2 * place, : len(fisher)] = fisher
+        answers[2 + 2 * place, : len(fisher)] = balanced.coef_[0]
+    spreads = (seen @ answers.T).std(axis=0)
+    level, spread = float((seen @ trained).mean() + bias), spreads[0]
+    if not spread:  # a row that nothing has trained yet says nothing
+        level, spread = float((seen @ answers[-1]).mean() + balanced.intercept_[0]), spreads[-1]
+        answers, spreads = answers[1:], spreads[1:]
+    weight = spread * (answers / (spreads[:, None] + 1e-12)).mean(axis=0)
+    return weight, level - float((seen @ weight).mean())
+
+
+def _fisher_directions(inputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Directions of the discriminants of all labels, (labels, size), shrunk as `_fisher`'s; nought without examples.
+
+    The scatter of all records takes the place of that within classes: they differ by a multiple of the difference d of
+    the means with itself, so that by Sherman and Morrison 1950 only the length of the direction changes. One scatter
+    then serves all labels that are known of the same records.
+
+    Args:
+        inputs: (records, size).
+        targets: (records, labels), NaN where unknown.
+    """
+    out = np.zeros((targets.shape[1], inputs.shape[1]))
+    masks, group_of = np.unique(np.isfinite(targets), axis=1, return_inverse=True)
+    for group, known in enumerate(masks.T):
+        labels, seen = np.flatnonzero(group_of == group), inputs[known]
+        positive = targets[known][:, labels] > 0.5
+        count = positive.sum(axis=0)
+        told = (count > 0) & (count < len(seen))
+        if not told.any():
             continue
-        positive = truth > 0.5
-        rarer = min(positive.sum(), (~positive).sum())
-        if records < 3 or not rarer:
-            continue
-        fisher = _fisher(seen, positive)
-        balanced = LogisticRegression(C=rarer / (BALANCED_PENALTY * records), class_weight="balanced", max_iter=200)
-        balanced.fit(seen, positive)
-        directions = np.stack([weight[output], fisher.coef_[0], balanced.coef_[0]])
-        spreads = (seen @ directions.T).std(axis=0)
-        level, spread = float((seen @ weight[output]).mean() + bias[output]), spreads[0]
-        if not spread:  # a row that nothing has trained yet says nothing
-            directions, spreads = directions[1:], spreads[1:]
-            level, spread = float((seen @ balanced.coef_[0]).mean() + balanced.intercept_[0]), spreads[-1]
-        weight[output] = spread * (directions / (spreads[:, None] + 1e-12)).mean(axis=0)
-        bias[output] = level - (seen @ weight[output]).mean()
-    weight = weight / scale
-    return LinearHead(weight.astype(np.float32), (bias - weight @ center).astype(np.float32))
+        records, size = seen.shape
+        shrinkage = size / (size + records)
+        center = seen.mean(axis=0)
+        scatter = np.cov(seen, rowvar=False, bias=True)
+        scatter = (1.0 - shrinkage) * scatter + shrinkage * np.trace(scatter) / size * np.eye(size)
+        # Both class means lie on a line through the mean of all.
+        of_positives = positive[:, told].T.astype(np.float64) @ seen / count[told, None] - center
+        out[labels[told]] = np.linalg.solve(scatter, of_positives.T).T
+    return out
+
+
+def _directions_of(
+    task: Task, trained: LinearHead, center: np.ndarray, scale: np.ndarray, inputs: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Directions (products, record_size) and offsets (products,) of a head's products: the trained head's where it has
+    any yet, otherwise the principal components of the standardised embedding, in units of their spread, and nought
+    where there are fewer of these."""
+    assert trained.directions is not None
+    assert trained.offsets is not None
+    if trained.directions.any():
+        return trained.directions.astype(np.float64), trained.offsets.astype(np.float64)
+    variances, axes = np.linalg.eigh(inputs.T @ inputs / len(inputs))
+    strongest = slice(None, -task.products - 1, -1)
+    components = (axes[:, strongest] / np.sqrt(variances[strongest] + 1e-6)).T / scale
+    directions = np.zeros((task.products, len(center)))
+    directions[: len(components)] = components
+    return directions, -directions @ center
+
+
+def _pairs(task: Task, trained: LinearHead, components: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The products of each two components (records, pairs), scaled, and the trained head's weights of these
+    (head_size, pairs)."""
+    assert trained.products is not None
+    count = task.products
+    first, second = np.triu_indices(count)
+    components = np.clip(components, -FARTHEST, FARTHEST)
+    square = trained.products.astype(np.float64).reshape(-1, count, count)
+    weight = square[:, first, second] + np.where(first == second, 0.0, square[:, second, first])
+    return PRODUCT_SCALE * components[:, first] * components[:, second], weight / PRODUCT_SCALE
+
+
+def _squares(of_pairs: np.ndarray, count: int) -> np.ndarray:
+    """Weights of pairs (head_size, pairs) as those of all products (head_size, count * count)."""
+    out = np.zeros((len(of_pairs), count, count))
+    out[:, *np.triu_indices(count)] = of_pairs
+    return out.reshape(len(of_pairs), -1)
 
 
 def settle_all(
@@ -286,7 +399,7 @@ def settle_all(
     names: Sequence[str] | None = None,
 ) -> None:
     """Let the heads of a model settle. Labels that have parts get outputs for these first, which start as the model's
-    own answers for them.
+    own answers for them; so do products, which start at nought.
 
     Args:
         labels: task to the training records' truth, whatever labels the model learned from.
@@ -301,19 +414,20 @@ def settle_all(
     for name in chosen:
         task = model.tasks[name]
         whole = TASKS.get(name, task)
-        if whole.parts and whole.without_parts().reads_like(task) and whole.parts_task in model.tasks:
+        if whole.plain().reads_like(task) and not whole.reads_like(task) and (whole.parts_task or name) in model.tasks:
             own: Any = model.heads[f"head_{name}"]
-            of_parts: Any = model.heads[f"head_{whole.parts_task}"]
-            places = _places_of_parts(whole)
-            weight = torch.cat([own.weight, of_parts.weight[places]])
-            bias = torch.cat([own.bias, of_parts.bias[places]])
+            weight, bias = own.weight, own.bias
+            if whole.parts:
+                of_parts: Any = model.heads[f"head_{whole.parts_task}"]
+                places = _places_of_parts(whole)
+                weight, bias = torch.cat([weight, of_parts.weight[places]]), torch.cat([bias, of_parts.bias[places]])
             model.add_task(whole)
             _set_head(
                 model.heads[f"head_{name}"], LinearHead(weight.detach().cpu().numpy(), bias.detach().cpu().numpy())
             )
-    embedding, held_out = embed(model, train), embed(model, validation)
+    views, held_out = [embed(model, train), embed(model, with_fewer_leads(train))], embed(model, validation)
     for name in chosen:
         task = model.tasks[name]
         if name in labels and name in validation.labels:
             layer, truth = model.heads[f"head_{name}"], validation.labels[name].numpy()
-            settle(layer, task, embedding, head_targets(task, labels), held_out, truth)
+            settle(layer, task, views, head_targets(task, labels), held_out, truth)

@@ -1,5 +1,6 @@
 """Recordings in memory for training: prepared once, cropped and disturbed anew in every step, or encoded."""
 
+import copy
 import hashlib
 import inspect
 import logging
@@ -162,7 +163,7 @@ class Records(Dataset):
     def __getitems__(self, index: list[int]) -> dict[str, Any]:
         at = torch.tensor(index)
         signal = {name: values[at] for name, values in self.signal.items()}
-        signal["input_values"] = signal["input_values"].float()
+        signal["input_values"] = signal["input_values"].float() * signal["lead_mask"][:, :, None]
         beats = max(1, int((signal["r_peaks"] >= 0).sum(dim=1).max()))
         for name in ("r_peaks", "rr_intervals_s"):
             signal[name] = signal[name][:, :beats]
@@ -345,7 +346,7 @@ def disturb(
     device = values.device
     values = values * torch.exp(0.12 * torch.randn(batch, 1, 1, device=device))
     kept = _kept_leads(batch, lead_dropout, device)
-    lead_mask = signal["lead_mask"] & torch.where((signal["lead_mask"] & kept).any(dim=1, keepdim=True), kept, True)
+    lead_mask = _only(kept, signal["lead_mask"])
     hand_held = kept.sum(dim=1)[:, None, None] == 1  # one lead, of dry electrodes
     noisy = (torch.rand(batch, 1, 1, device=device) < noise * torch.where(hand_held, HAND_HELD_NOISE, 1.0)).float()
     level = noisy * 0.3 * torch.rand(batch, leads, 1, device=device) ** 2
@@ -383,6 +384,19 @@ def _kept_leads(batch: int, share: float, device: torch.device) -> Tensor:
     kind = draw[:, 2:3]
     kept = torch.where(kind < 0.4, alone, torch.where(kind < 0.7, limbs, chest))
     return kept | (draw[:, 3:4] >= share)
+
+
+def _only(kept: Tensor, lead_mask: Tensor) -> Tensor:
+    """The leads (b, 12) that there are and that are kept; a record that would have none keeps all."""
+    return lead_mask & torch.where((lead_mask & kept).any(dim=1, keepdim=True), kept, True)
+
+
+def with_fewer_leads(records: Records) -> Records:
+    """The same recordings, each with a set of leads that recorders with fewer of them give, drawn at random."""
+    fewer, lead_mask = copy.copy(records), records.signal["lead_mask"]
+    kept = _kept_leads(len(records), 1.0, lead_mask.device)
+    fewer.signal = records.signal | {"lead_mask": _only(kept, lead_mask)}
+    return fewer
 
 
 def as_is(batch: Any) -> Any:

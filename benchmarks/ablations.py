@@ -208,7 +208,7 @@ class Ablations:
         raw = self.adapter_records()
         fitted, chosen_on, measured = raw if scope != "fusion" else self.encoded(folder, raw)
         answers, trained = {}, 0
-        for name, task in ((name, TASKS[name].without_parts()) for name in tasks):
+        for name, task in ((name, TASKS[name].plain()) for name in tasks):
             set_seed(seed)
             model = EcgMoeForTasks.from_pretrained(folder, dtype=torch.float32)
             wrapped = adapted(model, task, adapter["rank"], scope, arguments)

@@ -290,10 +290,10 @@ def cnn_answers(
     for chosen in sorted({at for _, at in best.values()}):
         cnn.load_state_dict(weights[chosen])
         answered = [task for task in tasks if best[task.name][1] == chosen]
-        embedding, held_out = embed(cnn, few.fit.records), embed(cnn, few.inner.records)
+        views, held_out = [embed(cnn, few.fit.records)], embed(cnn, few.inner.records)
         for task in answered:  # as the adapters do
             targets, labels = (head_targets(task, part.records.labels) for part in (few.fit, few.inner))
-            settle(cnn.heads[f"head_{task.name}"], task, embedding, targets, held_out, labels)
+            settle(cnn.heads[f"head_{task.name}"], task, views, targets, held_out, labels)
         logits = predict_logits(cnn, few.test.records, CPU)
         answers |= {task.name: task.answers(logits[task.name]) for task in answered}
     return answers
@@ -416,7 +416,7 @@ def main() -> None:
     splits = {}
     for split in ("train", "validation"):
         rows = load_split(data, split)
-        splits[split] = Records(rows, extractor, [TASKS[name].without_parts() for name in SEEN], data.num_proc)
+        splits[split] = Records(rows, extractor, [TASKS[name].plain() for name in SEEN], data.num_proc)
         for question in questions:
             add_labels(splits[split], rows, question)
     pool, test = splits["train"], encode(model, splits["validation"])
@@ -442,7 +442,7 @@ def main() -> None:
         sets.append(f"{title}, {len(set(records.patient_ids))} patients, cross-validated by patient")
     count = len(test.records.record_ids)
     write(arguments.out, arguments, result, sets, count)
-    tasks, size = [TASKS[name].without_parts() for name in SEEN], len(pool.record_ids)
+    tasks, size = [TASKS[name].plain() for name in SEEN], len(pool.record_ids)
     trials = [Trial(tasks, round(s * size), {"share of the labels": f"{100 * s:g} %"}) for s in arguments.shares]
     seen = sorted(rows_of_draws(model, pool, test, trials, arguments), key=lambda row: SEEN.index(row["task"]))
     write(arguments.out.with_name(f"{arguments.out.stem}_seen.json"), arguments, seen, sets[:1], count)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from arguments import parse_arguments, run_program
 from modeling_ecgmoe.configuration_ecgmoe import PRETRAINING_TASKS, EcgMoeConfig
-from modeling_ecgmoe.encoder import read_head
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
+from modeling_ecgmoe.heads import Head, read_head
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeTaskOutput, task_loss
 from modeling_ecgmoe.tasks import TASKS, Task
 from modeling_ecgmoe.temporal import Stem
@@ -30,14 +30,12 @@ class PlainCnn(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tasks = {name: TASKS[name].without_parts() for name in PRETRAINING_TASKS}
+        self.tasks = {name: TASKS[name].plain() for name in PRETRAINING_TASKS}
         config = EcgMoeConfig(conv_kernels=(9, 5, 3, 3), conv_blocks=(1, 1, 2))
         self.stem = Stem(config)
         self.dropout = nn.Dropout(0.3)
         self.width = 2 * config.conv_channels[-1]
-        self.heads = nn.ModuleDict(
-            {f"head_{name}": nn.Linear(self.width, t.head_size) for name, t in self.tasks.items()}
-        )
+        self.heads = nn.ModuleDict({f"head_{name}": Head(self.width, t) for name, t in self.tasks.items()})
 
     def forward(
         self,
@@ -65,7 +63,7 @@ class PlainCnn(nn.Module):
     def add_task(self, task: Task) -> None:
         """Add a head, or replace the one of that name."""
         self.tasks[task.name] = task
-        self.heads[f"head_{task.name}"] = nn.Linear(self.width, task.head_size)
+        self.heads[f"head_{task.name}"] = Head(self.width, task)
 
     def remove_task(self, name: str) -> None:
         """Take away a head."""
@@ -78,10 +76,11 @@ class PlainCnn(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "PlainCnn":
-        """Read the weights, of heads with or without parts."""
+        """Read the weights, of heads with or without parts and products."""
         model, weights = cls(), load_file(Path(folder) / "model.safetensors")
         for name, task in model.tasks.items():
-            if len(weights[f"heads.head_{name}.bias"]) != task.head_size:
+            has_products = f"heads.head_{name}.products" in weights
+            if len(weights[f"heads.head_{name}.bias"]) != task.head_size or has_products:
                 model.add_task(TASKS[name])
         model.load_state_dict(weights)
         return model.eval()

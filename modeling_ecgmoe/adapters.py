@@ -17,16 +17,16 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedConfig
 
 from .adapter_card import CARD_FILE, AdapterCard
 from .beats import mean_rr_error_ms
 from .configuration_ecgmoe import EcgMoeConfig
-from .encoder import EcgMoeEncoderOutput, read_head
+from .encoder import EcgMoeEncoderOutput
 from .feature_extraction_ecgmoe import EcgMoeFeatureExtractor, Prepared
 from .folding import WEIGHTS_FILE, Backbone, folded
 from .fusion import Fusion
+from .heads import head_outputs, read_head
 from .leads import LEADS
 from .stacking import CONFIG_FILE, AdapterWeights, StackedFusion
 from .temporal import mean_and_max
@@ -313,10 +313,9 @@ class MultiTask:
         embeddings = dict(zip(self.fused(), self.stacked()(encoded), strict=True))
         logits = {}
         for name, card in self.cards.items():
-            weight, bias = self._weights[name].head
-            seen = embeddings.get(name)
+            head, seen = self._weights[name].head, embeddings.get(name)
             # Its length would be a constant to the tracer of an exported graph, its shape is not.
-            own = bias.expand(encoded.period_s.shape[0], -1) if seen is None else functional.linear(seen, weight, bias)
+            own = head["bias"].expand(encoded.period_s.shape[0], -1) if seen is None else head_outputs(seen, head)
             logits[name] = read_head(own, card.task, encoded.period_s)
         return logits
 

@@ -102,7 +102,7 @@ class EcgMoeConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.tasks is None:
             # Parts come with the closed forms that end the training, see linear_heads.py.
-            self.tasks = {name: TASKS[name].without_parts().to_dict() for name in PRETRAINING_TASKS}
+            self.tasks = {name: TASKS[name].plain().to_dict() for name in PRETRAINING_TASKS}
         if __name__.startswith("modeling_ecgmoe."):
             # The entry asks for the code in the checkpoint's folder; whoever has this package has the pipeline in it.
             kwargs.pop("custom_pipelines", None)

@@ -4,7 +4,7 @@
       -> TemporalFeatures            tokens (b, s, d), one every `token_stride` samples, and pooled waves (b, 2 c)
       -> MorphologyPath, RhythmPath  beats (b, 1 + n, d) and rhythm elements (b, m, d), through routed experts
       -> Fusion                      pooler_output (b, record_size); LoRA lives here alone
-      -> heads["head_<task>"]        one linear layer for each task
+      -> heads["head_<task>"]        one linear layer for each task, and products of the embedding where it has some
 
 Axes: b record, l lead, t sample, s token, n beat, m rhythm element, c, d channel, e expert, k chosen expert.
 After Xu et al. 2026, arXiv 2603.04589, whose inner design is not public: the parts are theirs, their form is ours.
@@ -28,8 +28,9 @@ from transformers.integrations import use_experts_implementation
 from transformers.utils import ModelOutput, is_peft_available
 
 from .configuration_ecgmoe import EcgMoeConfig
-from .encoder import EcgMoeEncoder, EcgMoeEncoderOutput, read_head
+from .encoder import EcgMoeEncoder, EcgMoeEncoderOutput
 from .fusion import Fusion, QueryPooling
+from .heads import PRODUCTS, Head, read_head
 from .routing import Experts, MorphologyPath, RhythmPath, Router
 from .tasks import Task
 from .temporal import StateSpace, TemporalFeatures
@@ -136,6 +137,8 @@ class EcgMoePreTrainedModel(PreTrainedModel):
             init.trunc_normal_(module.weight, std=1.0 / math.sqrt(module.in_features), a=-2.0, b=2.0)
             if module.bias is not None:
                 init.zeros_(module.bias)
+            for name in PRODUCTS if isinstance(module, Head) and hasattr(module, "products") else ():
+                init.zeros_(module.get_parameter(name))
         elif isinstance(module, StateSpace):
             # S4D-Lin: A_n = -1/2 + i pi n; steps from 0.002 to 0.2 tokens' time, log-uniform over the channels.
             orders = torch.arange(module.states, dtype=torch.float32)
@@ -220,14 +223,14 @@ class EcgMoeModel(EcgMoePreTrainedModel):
 
 
 class EcgMoeForTasks(EcgMoePreTrainedModel):
-    """ECG-MoE with one linear head for each task of its configuration."""
+    """ECG-MoE with one head for each task of its configuration."""
 
     def __init__(self, config: EcgMoeConfig) -> None:
         super().__init__(config)
         self.ecgmoe = EcgMoeModel(config)
         self.tasks = {name: Task.from_dict(values) for name, values in (config.tasks or {}).items()}
         self.heads = nn.ModuleDict(
-            {f"head_{name}": nn.Linear(config.record_size, task.head_size) for name, task in self.tasks.items()}
+            {f"head_{name}": Head(config.record_size, task) for name, task in self.tasks.items()}
         )
         self.dropout = nn.Dropout(config.head_dropout)
         self.post_init()
@@ -243,7 +246,7 @@ class EcgMoeForTasks(EcgMoePreTrainedModel):
         """Add a head, or replace the one of the same name, for a task that the checkpoint does not have."""
         self.config.tasks = {**(self.config.tasks or {}), task.name: task.to_dict()}
         self.tasks[task.name] = task
-        head = nn.Linear(self.config.record_size, task.head_size)
+        head = Head(self.config.record_size, task)
         self.heads[f"head_{task.name}"] = head.to(self.device, self.dtype)
         self._init_weights(head)
 

@@ -138,8 +138,9 @@ class Task:
         minimum: what a regression's quantity is never below, such as 0 of an age: its values and intervals end there.
             None: no such bound.
         parts: label of a multi-label task to the finer findings of which any one makes it true, as any infarction
-            makes `MI` true. The head then also has an output for each of them, see `encoder.read_head`.
+            makes `MI` true. The head then also has an output for each of them, see `heads.read_head`.
         parts_task: the task whose labels the parts are.
+        products: how many components of the embedding a head of labels multiplies with each other, see `heads`.
     """
 
     name: str
@@ -157,6 +158,7 @@ class Task:
     minimum: float | None = None
     parts: dict[str, list[str]] = field(default_factory=dict, hash=False)
     parts_task: str = ""
+    products: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", tuple(self.labels))
@@ -197,6 +199,11 @@ class Task:
                 f"task {self.name}: parts must name some for every label of a multi-label task, found parts of "
                 f"{', '.join(self.parts)} for a {self.kind} task with {', '.join(self.labels) or 'no labels'}"
             )
+        if self.products < 0 or (self.products and self.kind not in ("binary", "multi_label")):
+            raise ValueError(
+                f"task {self.name}: products must be 0 or more, and are for binary and multi-label tasks, found "
+                f"{self.products} of a {self.kind} task"
+            )
         if bool(self.parts) != bool(self.parts_task):
             raise ValueError(f"task {self.name}: parts and parts_task go together, found only one of them")
 
@@ -215,9 +222,9 @@ class Task:
         """How many numbers the head gives: those of the answer, then one for each part."""
         return self.num_outputs + len(self.part_names)
 
-    def without_parts(self) -> "Task":
-        """The same question, answered without parts."""
-        return replace(self, parts={}, parts_task="")
+    def plain(self) -> "Task":
+        """The same question, answered by a linear head for its labels alone."""
+        return replace(self, parts={}, parts_task="", products=0)
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -231,7 +238,7 @@ class Task:
 
     def reads_like(self, other: "Task") -> bool:
         """Whether a head's outputs mean the same under both tasks."""
-        facts = ("name", "kind", "labels", "center", "spread", "prior", "parts")
+        facts = ("name", "kind", "labels", "center", "spread", "prior", "parts", "products")
         return all(getattr(self, fact) == getattr(other, fact) for fact in facts)
 
     def targets(self, values: Sequence[Any]) -> np.ndarray:
@@ -284,9 +291,9 @@ class Task:
         raise ValueError(f"task {self.name}: label {label!r} is not one of {', '.join(self.labels)}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The task as plain JSON types, without a minimum or parts where there are none, as tasks were before them."""
+        """The task as plain JSON types, without what it has none of, as tasks were before there was such a thing."""
         values = asdict(self) | {"labels": list(self.labels)}
-        later: dict[str, Any] = {"minimum": None, "parts": {}, "parts_task": ""}
+        later: dict[str, Any] = {"minimum": None, "parts": {}, "parts_task": "", "products": 0}
         return {name: value for name, value in values.items() if name not in later or value != later[name]}
 
     @classmethod
@@ -374,6 +381,7 @@ TASKS = {
             labels=tuple(s.code for s in STATEMENTS),
             codes=STATEMENT_CODES,
             loss_weight=20.0,
+            products=32,
         ),
         Task(
             name="superclass",

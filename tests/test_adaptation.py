@@ -1,5 +1,6 @@
-"""Small matters of training: few records for many processes, the log, crops of short recordings."""
+"""Small matters of training: few records for many processes, products, the log."""
 
+import dataclasses
 import json
 import math
 import os
@@ -9,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 from tiny_model import save_tiny_model
 
+import train
 from adaptation import spread_of
 from checkpoints import write_log
-from modeling_ecgmoe.tasks import Task
-from records import crop
+from modeling_ecgmoe.adapters import MultiTask
+from modeling_ecgmoe.tasks import TASKS, Task
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,6 +34,19 @@ def test_two_processes_adapt_to_fewer_records_than_both_batches(mini_ptb_xl: Pat
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "adapted/age/adapter_model.safetensors").is_file()
+
+
+def test_a_task_of_ones_own_may_ask_for_products(mini_ptb_xl: Path, tmp_path: Path) -> None:
+    task = dataclasses.replace(TASKS["statements"], name="findings", products=3)
+    (tmp_path / "findings.json").write_text(json.dumps(task.to_dict()), encoding="utf-8")
+    model = save_tiny_model(tmp_path, tasks=("age",))
+    values = {"data_dir": mini_ptb_xl, "task": tmp_path / "findings.json", "model": model, "batch_size": 20}
+    values |= {"output_dir": tmp_path / "adapted", "min_steps": 3, "epochs": 1, "cache_dir": tmp_path / "cache"}
+    train.main(["adapt", *(word for name, value in values.items() for word in (f"--{name}", str(value)))])
+    many = MultiTask.from_pretrained(model, [])
+    assert many.cards[many.load(tmp_path / "adapted" / "findings")].task.products == 3
+    head = load_file(tmp_path / "adapted/findings/adapter_model.safetensors")
+    assert head["base_model.model.heads.head_findings.products"].shape == (71, 9)
 
 
 @pytest.mark.parametrize(
@@ -58,13 +73,3 @@ def test_what_is_not_finite_is_null_in_the_log(tmp_path: Path) -> None:
         "loss": 1.0,
         "arrhythmia_macro_auroc": None,
     }
-
-
-def test_a_crop_of_a_short_recording_lies_within_it() -> None:
-    known = torch.zeros(64, 1000, dtype=torch.bool)
-    known[:, :300] = True
-    signal = {"input_values": torch.randn(64, 12, 1000), "sample_mask": known, "r_peaks": torch.full((64, 1), -1.0)}
-    assert crop(signal, 512, 100)["sample_mask"].sum(dim=1).tolist() == [300] * 64
-    known[:, :600] = True
-    found = crop(signal, 512, 100)["sample_mask"].sum(dim=1)
-    assert found.min() == 512

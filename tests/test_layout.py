@@ -41,7 +41,7 @@ LAYERS = (
     {"recording"},
     {"wfdb_files", "array_files", "mat_files", "device_files", "xml_files", "dicom_files", "ecg_files", "beats"},
     {"configuration_ecgmoe", "feature_extraction_ecgmoe"},
-    {"temporal", "routing", "fusion", "encoder"},
+    {"temporal", "routing", "fusion", "encoder", "heads"},
     {"modeling_ecgmoe", "classification_ecgmoe"},
     {"metrics", "adapter_card", "folding", "stacking", "typicality", "adapters", "lora"},
     {"record_answers"},
@@ -332,3 +332,12 @@ def test_the_tables_of_the_readme_show_the_result_files() -> None:
     if not (ROOT / "README.md").exists():
         pytest.skip("there is no README.md")
     assert tables.main(["--check"]) == 0
+
+
+def test_the_tree_of_the_readme_names_every_file_of_code() -> None:
+    if not (ROOT / "README.md").exists():
+        pytest.skip("there is no README.md")
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## The tree")[1].split("```")[1]
+    named = set(re.findall(r"[a-z0-9_]+\.py", tree))
+    files = {path.name for folder in (".", *PACKAGES) for path in (ROOT / folder).glob("*.py")} - {"__init__.py"}
+    assert named == files

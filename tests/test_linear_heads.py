@@ -11,6 +11,8 @@ from tiny_model import tiny_model
 from evaluation import predict_logits
 from linear_heads import (
     LinearHead,
+    _fisher,
+    _fisher_directions,
     embed,
     fit_linear_head,
     head_targets,
@@ -21,6 +23,7 @@ from linear_heads import (
     start_linearly,
     with_tasks_of_parts,
 )
+from modeling_ecgmoe.heads import Head, head_shapes
 from modeling_ecgmoe.tasks import TASKS, Task
 from records import EncodedRecords
 
@@ -193,6 +196,24 @@ def test_a_value_settles_between_the_trained_answer_and_a_ridge_regression() -> 
     assert np.polyfit(age[:, 0], found, 1) == pytest.approx([0.5, 30.0], abs=1.5)
 
 
+def test_a_head_that_settles_with_fewer_leads_too_answers_for_these_better() -> None:
+    def without_two(z: np.ndarray, seed: int) -> np.ndarray:
+        """Embeddings whose first two numbers say nothing, and are large."""
+        lost = z.copy()
+        lost[:, :2] = np.random.default_rng(seed).normal(size=(len(z), 2)) * 4.0 * np.geomspace(0.01, 10.0, 32)[:2]
+        return lost
+
+    (z, truth), (more, wanted) = rare_findings(1500, seed=0), rare_findings(2000, seed=1)
+    found = []
+    for views in ([z], [z, without_two(z, seed=5)]):
+        head = Head(32, FINDINGS)
+        torch.nn.init.zeros_(head.weight)
+        settle(head, FINDINGS, views, truth, more, wanted)
+        found.append(auroc(LinearHead.of(head).logits(without_two(more, seed=6))[:, 0], wanted[:, 0]))
+        assert auroc(LinearHead.of(head).logits(more)[:, 0], wanted[:, 0]) > 0.75
+    assert found[1] > found[0] + 0.1
+
+
 def test_a_head_keeps_its_answer_where_settling_does_not_better_it() -> None:
     records = synthetic_records(60)
     model = tiny_model().eval()
@@ -206,7 +227,7 @@ def test_a_head_keeps_its_answer_where_settling_does_not_better_it() -> None:
         (predict_logits(model, records, torch.device("cpu"), ["sex"])["sex"] > 0).astype(np.float32)
     )
     # The trained head is perfect on these labels.
-    settle(layer, TASKS["sex"], embedding, shuffled, embedding, records.labels["sex"].numpy())
+    settle(layer, TASKS["sex"], [embedding], shuffled, embedding, records.labels["sex"].numpy())
     torch.testing.assert_close(layer.weight.detach(), before)
 
 
@@ -231,7 +252,7 @@ def test_parts_have_the_truth_of_the_task_that_they_are_labels_of() -> None:
 
 def test_a_model_gets_outputs_for_parts_that_start_as_its_own_answers() -> None:
     names = ("age", "statements", "superclass")
-    model = tiny_model(tasks={name: TASKS[name].without_parts().to_dict() for name in names}).eval()
+    model = tiny_model(tasks={name: TASKS[name].plain().to_dict() for name in names}).eval()
     statements, own = (model.heads[f"head_{name}"].weight.detach().clone() for name in ("statements", "superclass"))
     records = synthetic_records(40)
     records.labels = {"age": torch.full((40, 1), torch.nan)}  # nothing is known, so nothing settles
@@ -258,3 +279,94 @@ def test_only_the_heads_that_are_named_settle() -> None:
     assert torch.equal(model.heads["head_sex"].weight, before["sex"])
     with pytest.raises(ValueError, match="settle names height; this model has age, "):
         settle_all(model, {}, records, records, ["height"])
+
+
+# Products
+
+
+def clashing_findings(records: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings, and findings that two strong components tell together and neither alone; the last is unknown of
+    every third record."""
+    z = embeddings(records, seed)
+    standard = (z - np.arange(32)) / np.geomspace(0.01, 10.0, 32)
+    axes = np.linalg.qr(np.random.default_rng(7).normal(size=(32, 2)))[0]
+    strong = standard @ axes
+    z = (standard + 3.0 * strong @ axes.T).astype(np.float32)
+    noise = 0.3 * np.random.default_rng(seed + 100).normal(size=records)
+    truth = np.zeros((records, 3), np.float32)
+    truth[:, 0] = strong[:, 0] * strong[:, 1] + noise > 0.0
+    truth[:, 2] = strong[:, 0] ** 2 - strong[:, 1] ** 2 + noise > 0.0
+    truth[::3, 2] = np.nan
+    return z, truth
+
+
+def without_answer(task: Task) -> LinearHead:
+    """A head of 32 numbers that nothing has trained."""
+    shapes = head_shapes(task, 32)
+    return LinearHead(**{name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
+
+
+def test_products_find_what_no_line_tells() -> None:
+    (z, truth), (more, wanted) = clashing_findings(1500, seed=0), clashing_findings(2000, seed=1)
+    with_products = dataclasses.replace(FINDINGS, products=4)
+    lines = settled(FINDINGS, without_answer(FINDINGS), z, truth).logits(more)
+    head = settled(with_products, without_answer(with_products), z, truth)
+    of_products = head._replace(weight=np.zeros_like(head.weight))
+    known = np.isfinite(wanted[:, 2])
+    for label, of in ((0, slice(None)), (2, known)):
+        assert auroc(lines[of, label], wanted[of, label]) < 0.6
+        # Half of the answers that are averaged are those of lines, which are noise here.
+        assert auroc(head.logits(more)[of, label], wanted[of, label]) > 0.67
+        assert auroc(of_products.logits(more)[of, label], wanted[of, label]) > 0.85
+    assert head.products is not None
+    assert not head.products[1].any()
+    assert {value.dtype for value in head if value is not None} == {np.dtype(np.float32)}
+
+
+def test_a_head_that_settles_again_keeps_its_directions_and_what_it_knows() -> None:
+    z, truth = clashing_findings(1500, seed=0)
+    task = dataclasses.replace(FINDINGS, products=4)
+    once = settled(task, without_answer(task), z, truth)
+    again = settled(task, once, z, truth)
+    np.testing.assert_array_equal(again.directions, once.directions)
+    for label in (0, 2):
+        assert np.corrcoef(again.logits(z)[:, label], once.logits(z)[:, label])[0, 1] > 0.95
+    np.testing.assert_allclose(again.logits(z).mean(axis=0), once.logits(z).mean(axis=0), atol=1e-2)
+
+
+def test_more_products_than_the_embedding_has_components_are_nought() -> None:
+    z, truth = clashing_findings(400, seed=0)
+    task = dataclasses.replace(FINDINGS, products=40)
+    head = settled(task, without_answer(task), z, truth)
+    assert {name: value.shape for name, value in head._asdict().items() if value is not None} == head_shapes(task, 32)
+    assert np.isfinite(head.logits(z)).all()
+
+
+def test_discriminants_that_share_one_scatter_point_where_each_of_its_own_does() -> None:
+    z, truth = rare_findings(1500, seed=0)
+    truth[::4, 1] = np.nan
+    inputs = (z - z.mean(axis=0)) / z.std(axis=0)
+    found = _fisher_directions(inputs, truth)
+    for label in (0, 1):
+        known = np.isfinite(truth[:, label])
+        own = _fisher(inputs[known], truth[known, label] > 0.5).coef_[0]
+        assert np.corrcoef(inputs @ own, inputs @ found[label])[0, 1] > 0.9999
+    assert not found[2].any()
+
+
+def test_a_model_gets_products_that_start_at_nought_and_settle() -> None:
+    task = dataclasses.replace(TASKS["sex"], products=3)
+    records = synthetic_records(60)
+    records.labels["sex"] = torch.from_numpy((np.arange(60) % 2).astype(np.float32))[:, None]
+    model = tiny_model().eval()
+    before = predict_logits(model, records, torch.device("cpu"), ["sex"])["sex"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TASKS, "sex", task)
+        settle_all(model, {}, records, records, ["sex"])
+        assert model.tasks["sex"] == task
+        same = predict_logits(model, records, torch.device("cpu"), ["sex"])["sex"]
+        np.testing.assert_allclose(same, before, atol=1e-5)
+        settle_all(model, dict(records.labels), records, records, ["sex"])
+    head = model.heads["head_sex"]
+    assert head.get_parameter("products").any()
+    assert (model.config.tasks or {})["sex"]["products"] == 3

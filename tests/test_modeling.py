@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelF
 
 from data_builders.synthetic import synthetic_ecg
 from modeling_ecgmoe.configuration_ecgmoe import FAMILIES, PATHS, EcgMoeConfig
-from modeling_ecgmoe.encoder import CORRECTION_SHARE, read_head
 from modeling_ecgmoe.feature_extraction_ecgmoe import EcgMoeFeatureExtractor
+from modeling_ecgmoe.heads import CORRECTION_SHARE, read_head
 from modeling_ecgmoe.leads import LEADS
 from modeling_ecgmoe.modeling_ecgmoe import EcgMoeForTasks, EcgMoeModel, task_loss
 from modeling_ecgmoe.routing import MixtureLayer, Router, load_balancing_loss, router_z_loss, rr_features

@@ -170,7 +170,7 @@ def test_adapters_follow_the_model_to_its_device(hub: Path) -> None:
     many.load(hub / "adapters" / "age")
     stacked = many.stacked()
     assert {buffer.device.type for buffer in stacked.buffers()} == {"meta"}
-    assert many._weights["age"].head[0].device.type == "meta"
+    assert many._weights["age"].head["weight"].device.type == "meta"
 
 
 def adapted_with(**options: Any) -> PeftModel:
@@ -195,7 +195,7 @@ def test_what_is_more_than_lora_is_refused_and_not_half_applied(
 
 def test_an_adapter_without_its_head_is_refused(hub: Path, tmp_path: Path) -> None:
     save_adapter(adapted_with(modules_to_save=None), AdapterCard(TASKS["sex"], fingerprint(tiny_model())), tmp_path)
-    with pytest.raises(ValueError, match=r"must hold a head of shape \(1, 32\) for task sex, found none"):
+    with pytest.raises(ValueError, match=r"must hold a head of shapes .*1, 32.* for task sex, found none"):
         MultiTask.from_pretrained(hub / "model", []).load(tmp_path)
 
 
@@ -350,8 +350,8 @@ DAMAGES: dict[str, tuple[str, dict[str, torch.Size | None]]] = {
     "a matrix is missing": ("matrices of", {"fusion.up_proj.lora_B": None}),
     "ranks differ": ("matrices of", {"fusion.up_proj.lora_B": torch.Size([32, 3])}),
     "a vector": ("matrices of", {"fusion.up_proj.lora_A": torch.Size([16])}),
-    "no bias": ("with a bias of \\(1,\\), found none", {"head_sex.bias": None}),
-    "a bias of three": ("found \\(3,\\)", {"head_sex.bias": torch.Size([3])}),
+    "no bias": ("'bias': \\(1,\\)}.*, found {'weight': \\(1, 32\\)};", {"head_sex.bias": None}),
+    "a bias of three": ("found .*'bias': \\(3,\\)", {"head_sex.bias": torch.Size([3])}),
 }
 
 

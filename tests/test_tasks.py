@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_ecgmoe.encoder import read_head
+from modeling_ecgmoe.heads import read_head
 from modeling_ecgmoe.tasks import (
     DESCRIPTIONS,
     RHYTHM_STATEMENTS,
@@ -253,7 +253,7 @@ def test_a_label_made_of_parts_is_true_where_any_of_them_is() -> None:
     assert task.part_names == ("LAFB", "CLBBB", "CRBBB")
     assert (task.num_outputs, task.head_size) == (2, 5)
     assert Task.from_dict(json.loads(json.dumps(task.to_dict()))) == task
-    assert not task.reads_like(task.without_parts())
+    assert not task.reads_like(task.plain())
     p = np.array([[0.3, 0.6, 0.2, 0.5, 0.9], [0.5, 0.5, 1e-7, 1e-7, 1.0 - 1e-7]])
     outputs = torch.from_numpy(np.log(p / (1 - p))).float()
     logits = read_head(outputs, task, torch.zeros(2)).numpy()

@@ -18,7 +18,6 @@ from .routing import (
     router_z_loss,
     rr_features,
 )
-from .tasks import Task
 from .temporal import CardiacClock, TemporalFeatures
 
 
@@ -163,39 +162,3 @@ def _clock_at_beats(beats: Tensor, period_s: Tensor, beat_mask: Tensor) -> Tenso
     real = beat_mask[..., None].to(beats.dtype)
     period, known = period_s[:, None, None].to(beats.dtype) * real, (beats[..., :1] > 0).to(beats.dtype)
     return torch.cat([beats, period, known, torch.zeros_like(real), real], dim=-1)
-
-
-# A regression with a measured prior learns only a correction; it moves in steps of this share of the task's spread.
-CORRECTION_SHARE = 0.05
-
-
-def read_head(outputs: Tensor, task: Task, period_s: Tensor) -> Tensor:
-    """The logits (b, num_outputs) of a task from what its head gives, (b, head_size).
-
-    A regression may start from what the feature extractor measured: the RR task from the mean RR of the found beats,
-    which the head corrects. Where nothing was measured the head's own value counts, in full.
-
-    A label made of parts has the mean of two logits: its own, and that of any of its parts, each by itself (noisy or,
-    Pearl 1988, section 4.3.2): 1 - prod (1 - p).
-    """
-    if task.prior:
-        measured = ((period_s[:, None].float() * 1000.0 - task.center) / task.spread).to(outputs.dtype)
-        return torch.where(period_s[:, None] > 0, measured + CORRECTION_SHARE * outputs, outputs)
-    if not task.parts:
-        return outputs
-    own, parts = outputs[:, : task.num_outputs], _softplus(outputs[:, task.num_outputs :].float())
-    of_labels = parts.split([len(task.parts[label]) for label in task.labels], dim=1)
-    absent = torch.stack([each.sum(dim=1) for each in of_labels], dim=1).clamp(min=1e-5)
-    return 0.5 * (own + _logit_of_any(absent).to(own.dtype))
-
-
-def _softplus(logits: Tensor) -> Tensor:
-    """-log (1 - p), by its series where p is small: there log (1 + x) of exported graphs loses its digits."""
-    x = torch.exp(logits.clamp(max=-4.0))
-    return torch.where(logits < -4.0, x * (1.0 - x * (0.5 - x / 3.0)), functional.softplus(logits))
-
-
-def _logit_of_any(absent: Tensor) -> Tensor:
-    """log (e^x - 1), the logit of 1 - prod (1 - p) from x = -log prod (1 - p), by its series where x is small."""
-    series = torch.log(absent) - absent * (0.5 - absent / 24.0)
-    return absent + torch.where(absent < 0.1, series, torch.log(1.0 - torch.exp(-absent.clamp(min=0.1))))

@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from .encoder import EcgMoeEncoderOutput
 from .fusion import Fusion, QueryPooling
+from .heads import head_shapes
 from .tasks import Task
 from .temporal import mean_and_max
 
@@ -39,13 +40,13 @@ class AdapterWeights:
 
     Args:
         lora: layer of the fusion to its matrices A (r, inputs) and B (outputs, r), B times alpha / r.
-        head: weight (outputs, record_size) and bias (outputs,).
+        head: its weights, see `heads.head_shapes`.
         size: how many numbers the adapter's file holds, and `hash`, a short hash of that file.
         reads_embedding: whether the head looks at the fusion's embedding at all.
     """
 
     lora: dict[str, tuple[Tensor, Tensor]]
-    head: tuple[Tensor, Tensor]
+    head: dict[str, Tensor]
     size: int
     hash: str
     reads_embedding: bool
@@ -84,15 +85,13 @@ class AdapterWeights:
             ) from error
         size = sum(value.numel() for value in tensors.values())
         prefix = f"base_model.model.heads.head_{task.name}."
-        head = tensors.pop(f"{prefix}weight", None), tensors.pop(f"{prefix}bias", None)
+        head = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
         width = fusion.norm.normalized_shape[0]
-        expected = (task.head_size, width), (task.head_size,)
-        if head[0] is None or head[1] is None or (head[0].shape, head[1].shape) != expected:
-            found = "none" if head[0] is None else f"{tuple(head[0].shape)}"
-            bias = "none" if head[1] is None else f"{tuple(head[1].shape)}"
+        expected, shapes = head_shapes(task, width), {name: tuple(value.shape) for name, value in head.items()}
+        if shapes != expected:
             raise ValueError(
-                f"the adapter {folder} must hold a head of shape {expected[0]} for task {task.name}, "
-                f"found {found}, with a bias of {expected[1]}, found {bias}; train it again"
+                f"the adapter {folder} must hold a head of shapes {expected} for task {task.name}, found "
+                f"{shapes or 'none'}; train it again"
             )
         lora: dict[str, dict[str, Tensor]] = {}
         for name, value in tensors.items():
@@ -118,8 +117,14 @@ class AdapterWeights:
                 )
         device = next(fusion.parameters()).device
         pairs = {name: (matrices["A"].to(device), matrices["B"].to(device)) for name, matrices in lora.items()}
-        own = head[0].to(device), head[1].to(device)
-        return cls(pairs, own, size, hashlib.sha256(content).hexdigest()[:16], bool(head[0].any()))
+        own = {name: value.to(device) for name, value in head.items()}
+        return cls(
+            pairs,
+            own,
+            size,
+            hashlib.sha256(content).hexdigest()[:16],
+            any(bool(head[name].any()) for name in ("weight", "products") if name in head),
+        )
 
     def weight_of(self, name: str, base: Tensor) -> Tensor:
         """The weight of a layer with the adapter merged in."""
