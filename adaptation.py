@@ -136,13 +136,14 @@ def adapt(data: DataArguments, arguments: AdaptArguments) -> dict[str, MetricRes
                 seen[count] = Records(having, extractor, tasks, data.num_proc, leads)
     for task in tasks:
         check_labels(task, data, records)
+    fewer = with_fewer_leads(records["train"])
     train: Records | EncodedRecords = records["train"]
-    fewer_leads: Records | EncodedRecords = with_fewer_leads(records["train"])
+    fewer_leads: Records | EncodedRecords = fewer
     validation: dict[int, Records | EncodedRecords] = dict(seen)
     if arguments.lora_scope == "fusion":
         train = EncodedRecords(model, records["train"], accelerator.device, arguments.views)
         if arguments.settle:
-            fewer_leads = EncodedRecords(model, with_fewer_leads(records["train"]), accelerator.device)
+            fewer_leads = EncodedRecords(model, fewer, accelerator.device)
         validation = {n: EncodedRecords(model, r, accelerator.device) for n, r in seen.items()}
     errors = {count: prior_errors_of(seen_with) for count, seen_with in seen.items()}
     results = {}

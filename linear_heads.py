@@ -5,9 +5,9 @@ from the latter keeps what the embedding knows, which a head of random numbers l
 2022, "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution"). With few labels most of an
 adapter's answer is this start.
 
-A trained head settles between its own answer and what other linear methods find in the same embedding. Stochastic
-gradients leave rare labels to a handful of steps, where discriminants and balanced regressions weigh every record.
-Where a task has products, both have their say with these as well.
+A trained head settles between its own answer and what other methods find in the same embedding. Stochastic gradients
+leave rare labels to a handful of steps, where discriminants and balanced regressions weigh every record. Where
+a task has products, both have their say with these as well.
 """
 
 import logging
